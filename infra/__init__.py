@@ -1,0 +1,1 @@
+"""The ground: bytes, records, claims, tracking and launching. Knows nothing of LoRA, trials or tenants."""

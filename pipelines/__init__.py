@@ -1,0 +1,1 @@
+"""What people run, end to end, and the command line."""

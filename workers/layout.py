@@ -1,0 +1,106 @@
+"""The only place that spells keys (DESIGN §6). Every part is a checked name or an id; none comes from data."""
+
+from infra.errors import BadInput
+from infra.fingerprint import is_id
+from workers.spec import check_name
+
+
+def _name(name: str) -> str:
+    try:
+        return check_name(name)
+    except ValueError as error:
+        raise BadInput(f"{error}.") from None
+
+
+def _id(text: str) -> str:
+    if not is_id(text):
+        raise BadInput(f"{text[:80]!r} is not an id (32 characters of a-z and 2-7).")
+    return text
+
+
+def base(base_id: str) -> str:
+    return f"bases/{_id(base_id)}/base.json"
+
+
+def base_files(base_id: str) -> str:
+    return f"bases/{_id(base_id)}/files/"
+
+
+def tenant(tenant: str) -> str:
+    return f"tenants/{_name(tenant)}/"
+
+
+def data(tenant_: str, digest: str) -> str:
+    return f"{tenant(tenant_)}data/{_id(digest)}/"
+
+
+def jobs(tenant_: str, base_id: str) -> str:
+    return f"{tenant(tenant_)}{_id(base_id)}/jobs/"
+
+
+def job(tenant_: str, base_id: str, job_id: str) -> str:
+    return f"{jobs(tenant_, base_id)}{_id(job_id)}/"
+
+
+def job_spec(tenant_: str, base_id: str, job_id: str) -> str:
+    return f"{job(tenant_, base_id, job_id)}spec.json"
+
+
+def job_state(tenant_: str, base_id: str, job_id: str) -> str:
+    return f"{job(tenant_, base_id, job_id)}state.json"
+
+
+def attempt(tenant_: str, base_id: str, job_id: str, epoch: int) -> str:
+    return f"{job(tenant_, base_id, job_id)}attempts/{epoch:06d}/"
+
+
+def adapter(tenant_: str, base_id: str, adapter_id: str) -> str:
+    return f"{tenant(tenant_)}{_id(base_id)}/adapters/{_id(adapter_id)}/"
+
+
+def manifests(tenant_: str, base_id: str) -> str:
+    return f"{tenant(tenant_)}{_id(base_id)}/manifests/"
+
+
+def manifest(tenant_: str, base_id: str, adapter_id: str) -> str:
+    return f"{manifests(tenant_, base_id)}{_id(adapter_id)}.json"
+
+
+def evidence(tenant_: str, adapter_id: str, digest: str) -> str:
+    return f"{tenant(tenant_)}evidence/{_id(adapter_id)}/{_id(digest)}.json"
+
+
+def sweep(tenant_: str, name: str) -> str:
+    return f"{tenant(tenant_)}sweeps/{_name(name)}/"
+
+
+def sweep_spec(tenant_: str, name: str) -> str:
+    return f"{sweep(tenant_, name)}sweep.json"
+
+
+def sweep_claim(tenant_: str, name: str) -> str:
+    return f"{sweep(tenant_, name)}claim.json"
+
+
+def trials(tenant_: str, name: str) -> str:
+    return f"{sweep(tenant_, name)}trials/"
+
+
+def trial(tenant_: str, name: str, number: int) -> str:
+    return f"{trials(tenant_, name)}{number:06d}.json"
+
+
+def model(tenant_: str, task: str) -> str:
+    return f"{tenant(tenant_)}models/{_name(task)}/"
+
+
+def candidate(tenant_: str, task: str, adapter_id: str) -> str:
+    return f"{model(tenant_, task)}candidates/{_id(adapter_id)}.json"
+
+
+def journal(tenant_: str, task: str, generation: int) -> str:
+    return f"{model(tenant_, task)}journal/{generation:06d}.json"
+
+
+def head(tenant_: str, task: str) -> str:
+    return f"{model(tenant_, task)}HEAD"

@@ -1,0 +1,69 @@
+"""What hosts tell the driver about jobs, and what it answers. Small frozen values that cross channels."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+JobStatus = Literal["queued", "running", "preempted", "succeeded", "stopped", "cancelled", "failed"]
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A job is at `step` of `num_steps`; for the live view only."""
+
+    job_id: str
+    step: int
+    num_steps: int
+    loss: float
+    """Training loss of the last step, nats per supervised token."""
+    tokens_per_second: float
+    num_tokens: int
+    """Tokens trained on so far in this attempt."""
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """Validation metrics at `step` ("eval/loss", ...). The job waits at this step until it is answered Go or Stop."""
+
+    job_id: str
+    step: int
+    metrics: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Checkpointed:
+    """Everything up to `step` is safe. `chunk` is the store's key of the metric points since the checkpoint before."""
+
+    job_id: str
+    step: int
+    epoch: int
+    chunk: str
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A job has ended and its state.json says so. `metrics` are those of the weights that were kept."""
+
+    job_id: str
+    status: JobStatus
+    reason: str = ""
+    """Why it failed: a word of the vocabulary (non_finite, out_of_memory, bad_input, host_lost, error), a colon, a sentence."""
+    adapter_id: str | None = None
+    metrics: Mapping[str, float] = field(default_factory=dict)
+    num_steps: int = 0
+    best_step: int = 0
+    seconds: float = 0.0
+    num_tokens: int = 0
+    reused: bool = False
+    """True if the job had succeeded before and nothing was trained."""
+
+
+JobEvent = Progress | Evaluated | Checkpointed | Finished
+
+
+@dataclass(frozen=True)
+class Decision:
+    """The answer to `Evaluated`: go on, or stop now (the job ends with status stopped)."""
+
+    job_id: str
+    go: bool
