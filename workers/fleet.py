@@ -17,8 +17,8 @@ class Fleet(Protocol):
     def submit(self, job: Job) -> None:
         """Queue a job (higher priority first). Its end is always told by one `Finished`, also if it had succeeded long before.
 
-        A job that is submitted again after a kill continues from its last checkpoint. The points before that checkpoint
-        are not evaluated again: their `Evaluated` events are not repeated.
+        A job that is submitted again after a kill continues from its last checkpoint. Its last `Evaluated` before that is told
+        once more, with the same numbers, so callers must take an evaluation they know already as it was.
         """
         ...
 

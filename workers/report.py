@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from workers.job import Job
+
 JobStatus = Literal["queued", "running", "preempted", "succeeded", "stopped", "cancelled", "failed"]
 
 
@@ -23,11 +25,16 @@ class Progress:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """Validation metrics at `step` ("eval/loss", ...). The job waits at this step until it is answered Go or Stop."""
+    """Validation metrics at `step` ("eval/loss", ...). The job waits at this step until it is answered.
+
+    After a kill the last evaluation before the checkpoint is told again, with the same numbers: its answer may have been lost.
+    """
 
     job_id: str
     step: int
     metrics: Mapping[str, float]
+    final: bool = False
+    """True at the job's last step: no answer is awaited, `Finished` follows."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +61,8 @@ class Finished:
     best_step: int = 0
     seconds: float = 0.0
     num_tokens: int = 0
+    chunks: tuple[str, ...] = ()
+    """Keys of all chunks of metric points, in order; the whole curve of the job, each point once."""
     reused: bool = False
     """True if the job had succeeded before and nothing was trained."""
 
@@ -67,3 +76,26 @@ class Decision:
 
     job_id: str
     go: bool
+
+
+@dataclass(frozen=True)
+class Admit:
+    """Order to a host: take this job in."""
+
+    job: Job
+
+
+@dataclass(frozen=True)
+class Evict:
+    """Order to a host: end a job at its next step; `preempted` checkpoints it first."""
+
+    job_id: str
+    status: Literal["preempted", "cancelled"]
+
+
+@dataclass(frozen=True)
+class Shutdown:
+    """Order to a host: preempt what lives and return."""
+
+
+HostOrder = Admit | Decision | Evict | Shutdown

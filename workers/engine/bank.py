@@ -1,0 +1,87 @@
+"""The bank: one adapter's factors in one flat buffer, with gradient and moments of the same shape.
+
+Factors A and B of all layers are views into `weights`, their gradients views into `gradients`. AdamW, clipping, copying
+and checking are then a few operations over one vector, whatever the number of layers. Offsets follow the model's order.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from workers.engine.dropout import generator_of
+from workers.engine.lora import Factors, LoraLinear, initial_a, scale_of
+from workers.spec import PeftSpec
+
+
+@dataclass(frozen=True)
+class _Place:
+    a: slice
+    b: slice
+    in_features: int
+    out_features: int
+
+
+class Bank:
+    """Weights, gradients and Adam's two moments of one adapter; all float32 vectors of `num_parameters`."""
+
+    def __init__(self, layers: Mapping[str, LoraLinear], targets: Sequence[str], peft: PeftSpec, device: torch.device) -> None:
+        self.peft = peft
+        self.scale = scale_of(peft.lora_alpha, peft.r, peft.use_rslora)
+        self._places = _lay_out(layers, targets, peft.r)
+        self.num_parameters = sum(place.b.stop - place.a.start for place in self._places.values())
+        self.weights = torch.zeros(self.num_parameters, device=device)
+        self.gradients = torch.zeros_like(self.weights)
+        self.first_moment = torch.zeros_like(self.weights)
+        self.second_moment = torch.zeros_like(self.weights)
+        self.factors = {name: self._factors(place) for name, place in self._places.items()}
+
+    def _factors(self, place: _Place) -> Factors:
+        a, b = (self._leaf(self.weights, self.gradients, part) for part in (place.a, place.b))
+        r = self.peft.r
+        leaves = []
+        for leaf, shape in ((a, (r, place.in_features)), (b, (place.out_features, r))):
+            weight, gradient = (tensor.view(shape) for tensor in leaf)
+            weight.requires_grad_(True)
+            weight.grad = gradient
+            leaves.append(weight)
+        return Factors(leaves[0], leaves[1], self.scale, self.peft.lora_dropout)
+
+    @staticmethod
+    def _leaf(weights: Tensor, gradients: Tensor, part: slice) -> tuple[Tensor, Tensor]:
+        return weights[part], gradients[part]
+
+    def initialise(self, seed: int) -> None:
+        """Fresh weights: A random by (seed, layer name), B zero, so that the adapter starts as the plain base."""
+        with torch.no_grad():
+            for name, factors in self.factors.items():
+                factors.a.copy_(initial_a(self.peft.r, factors.a.shape[1], generator_of("init", seed, name)))
+                factors.b.zero_()
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take weights in PEFT's names, as `tensors()` gives them; every layer must be there."""
+        with torch.no_grad():
+            for name, factors in self.factors.items():
+                factors.a.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
+                factors.b.copy_(tensors[f"base_model.model.{name}.lora_B.weight"])
+
+    def tensors(self, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """Return copies of all factors in PEFT's names, from `weights` (a vector like the bank's) or the bank's own."""
+        source = (self.weights if weights is None else weights).detach().cpu()
+        named: dict[str, Tensor] = {}
+        for name, place in self._places.items():
+            named[f"base_model.model.{name}.lora_A.weight"] = source[place.a].view(self.peft.r, place.in_features).clone()
+            named[f"base_model.model.{name}.lora_B.weight"] = source[place.b].view(place.out_features, self.peft.r).clone()
+        return named
+
+
+def _lay_out(layers: Mapping[str, LoraLinear], targets: Sequence[str], r: int) -> dict[str, _Place]:
+    places: dict[str, _Place] = {}
+    start = 0
+    for name in targets:
+        inputs, outputs = layers[name].in_features, layers[name].out_features
+        middle, end = start + r * inputs, start + r * (inputs + outputs)
+        places[name] = _Place(slice(start, middle), slice(middle, end), inputs, outputs)
+        start = end
+    return places

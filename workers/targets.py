@@ -1,0 +1,86 @@
+"""Which linear layers an adapter touches: presets and module names against what a base has.
+
+Works on names and shapes alone, so that a job is checked without building the model.
+"""
+
+import difflib
+from collections.abc import Mapping, Sequence
+
+from infra.errors import BadInput
+
+ATTENTION_PARTS = ("attn", "attention", "self_attention")
+MLP_PARTS = ("mlp", "feed_forward", "ffn", "fc1", "fc2", "intermediate", "output")
+NOT_ADAPTED = ("lm_head", "embed_tokens", "embed_positions", "embeddings", "wte", "wpe", "score", "classifier", "embed_out")
+"""Heads and embeddings: PEFT's all-linear leaves the output head alone, too."""
+
+
+def linears_of_tensors(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
+    """Return module name -> weight shape of the layers that can be adapted, from a base's tensor names and shapes."""
+    modules = {
+        name.removesuffix(".weight"): (int(shape[0]), int(shape[1]))
+        for name, shape in shapes.items()
+        if name.endswith(".weight") and len(shape) == 2
+    }
+    return {name: shape for name, shape in modules.items() if can_be_adapted(name)}
+
+
+def can_be_adapted(module: str) -> bool:
+    """Tell whether a linear layer of this name is one an adapter may touch: not a head, not an embedding."""
+    return not any(part in NOT_ADAPTED for part in module.split("."))
+
+
+def select_targets(target_modules: str | Sequence[str], modules: Sequence[str]) -> list[str]:
+    """Return the full names that a preset or a list of names selects, in the model's order.
+
+    A listed name matches a module that equals it or ends with "." + it, as in PEFT. Raises BadInput, listing what
+    there is, when the preset or any one name matches nothing.
+    """
+    if isinstance(target_modules, str):
+        chosen = [name for name in modules if _in_preset(target_modules, name)]
+        if not chosen:
+            raise BadInput(f"the preset '{target_modules}' matches no layer of this base; {_what_there_is(modules)}")
+        return chosen
+    for wanted in target_modules:
+        if not any(_matches(wanted, name) for name in modules):
+            raise BadInput(f"target_modules: '{wanted}' matches no linear layer of this base. {_hint(wanted, modules)}")
+    return [name for name in modules if any(_matches(wanted, name) for wanted in target_modules)]
+
+
+def check_rank(r: int, targets: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise BadInput if `r` exceeds the smaller side of a target: such an update has more parameters than the layer."""
+    for name in targets:
+        if r > min(shapes[name]):
+            rows, columns = shapes[name]
+            raise BadInput(
+                f"peft.r is {r}, larger than the layer {name} of {rows} x {columns} allows; use at most {min(shapes[name])}."
+            )
+
+
+def short_names(modules: Sequence[str]) -> list[str]:
+    """Return the distinct last parts of module names, sorted: q_proj, k_proj, ..."""
+    return sorted({name.rsplit(".", 1)[-1] for name in modules})
+
+
+def _matches(wanted: str, name: str) -> bool:
+    return name == wanted or name.endswith("." + wanted)
+
+
+def _in_preset(preset: str, name: str) -> bool:
+    parents = name.split(".")
+    in_attention = any(part in ATTENTION_PARTS or part.endswith("_attn") for part in parents)
+    match preset:
+        case "attention":
+            return in_attention
+        case "mlp":
+            return not in_attention and any(part in MLP_PARTS for part in parents)
+        case _:
+            return True
+
+
+def _hint(wanted: str, modules: Sequence[str]) -> str:
+    close = difflib.get_close_matches(wanted, short_names(modules), n=1)
+    return f"Did you mean '{close[0]}'? There is: {', '.join(short_names(modules))}." if close else _what_there_is(modules)
+
+
+def _what_there_is(modules: Sequence[str]) -> str:
+    return f"There is: {', '.join(short_names(modules))}."
