@@ -4,10 +4,35 @@ Keys are relative POSIX paths of parts matching `[A-Za-z0-9._@+=-]+`, none of th
 refused before it reaches a file system or a bucket.
 """
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
+
+from infra.errors import BadInput
+
+PART_PATTERN = re.compile(r"[A-Za-z0-9._@+=-]{1,200}")
+"""A part is a file's name in a local store: 255 bytes with what is added for temporary names."""
+MAX_KEY_LENGTH = 900
+"""S3 keys end at 1024 bytes, and a store's own prefix comes before ours."""
+
+
+def check_key(key: str) -> str:
+    """Return `key`; raise BadInput if it is no key."""
+    parts = key.split("/")
+    if len(key) > MAX_KEY_LENGTH or not all(PART_PATTERN.fullmatch(part) and part not in (".", "..") for part in parts):
+        raise BadInput(
+            f"{key[:80]!r} is not a key: expected parts of A-Z a-z 0-9 . _ @ + = - joined by '/', none of them '.' or '..', "
+            f"each at most 200 characters and {MAX_KEY_LENGTH} in all."
+        )
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    """Return `prefix`, the beginning of a key (empty for all keys); raise BadInput if no key can begin so."""
+    check_key(prefix + "x")  # the parts before the last '/' are whole, the last may be any beginning of one
+    return prefix
 
 
 @dataclass(frozen=True)
@@ -17,7 +42,7 @@ class ObjectInfo:
     key: str
     size_bytes: int
     etag: str
-    """Opaque version of the content; equal bytes may have equal etags."""
+    """Opaque version of the content, the same from head, get, put and list; equal bytes may have equal etags."""
     modified: float
     """Seconds since the epoch by the store's clock."""
     sha256: str | None = None
@@ -29,7 +54,9 @@ class Storage(Protocol):
 
     A put is atomic: a reader sees the whole old object or the whole new one. After it returns, the object
     survives a crash and every later read sees it. Passing failures are retried inside; what remains is raised
-    as ServiceUnavailable (exit code 4), with one sentence that names the store and the way out.
+    as ServiceUnavailable (exit code 4), with one sentence that names the store and the way out. An object whose
+    content no longer has the SHA-256 it was stored with is never returned: WorkFailed says that it is damaged.
+    A key is either an object or the beginning of others ("a" and "a/b" exclude each other), as in a file system.
     """
 
     @property
