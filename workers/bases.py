@@ -1,0 +1,301 @@
+"""Base models on this machine and in the store: finding, loading, uploading, and fetching them to a node.
+
+A base is used only where its content is what was asked for: a folder that was found by its path is identified again
+(from cached digests) before it counts. In the store a base is a descriptor and, when it was uploaded, one set of files:
+the files lie under the digest of the set, and the listing, written last with put-if-absent, says which set is whole.
+"""
+
+import contextlib
+import fcntl
+import logging
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from infra.crashpoints import crashpoint
+from infra.errors import BadInput, ConditionFailed, ObjectNotFound, ServiceUnavailable, WrongBase
+from infra.fingerprint import id_of_json, sha256_of_file
+from infra.records import decode_record, encode_record
+from infra.storage import Storage
+from workers import layout
+from workers.identity import BASE_FORMAT, COMPANION_SUFFIXES, BaseIdentity, base_id_of, describe_base, identify
+from workers.spec import BaseModelSpec
+from workers.weight_files import find_weights
+
+FILES_FORMAT = "base-files/1"
+LISTING_NAME = "files.json"
+HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+NUM_CHECKED_TENSORS = 4
+MAX_CHECKED_ELEMENTS = 1 << 20
+"""Of each checked tensor, so many elements are compared at most."""
+
+
+def find_base(spec: BaseModelSpec, folder: Path) -> Path:
+    """Return the folder of a job's base: a local path (from `folder`, then from here), else a pinned hub model, downloaded.
+
+    Raises BadInput if it is neither, or asks for what this version cannot load; ServiceUnavailable if the hub does not answer.
+    """
+    _check_loadable(spec)
+    tried = [Path(root, spec.name_or_path).expanduser() for root in (folder, Path.cwd())]
+    for candidate in tried:
+        if candidate.is_dir():
+            return candidate.resolve()
+    looked = " or ".join(dict.fromkeys(str(path) for path in tried))
+    if HUB_NAME.fullmatch(spec.name_or_path) is None:
+        raise BadInput(f"there is no base folder {looked}; correct base_model.name_or_path.")
+    if spec.revision is None or re.fullmatch(r"[0-9a-f]{40}", spec.revision) is None:
+        raise BadInput(
+            f"base model '{spec.name_or_path}' is no folder ({looked}), and as a hub model it needs a pinned commit; "
+            f"set base_model.revision to 40 hexadecimal digits (got {spec.revision!r})."
+        )
+    return _fetch_from_hub(spec.name_or_path, spec.revision, with_code=spec.trust_remote_code)
+
+
+def _check_loadable(spec: BaseModelSpec) -> None:
+    if spec.quantization is not None:
+        raise BadInput("4-bit bases cannot be trained by this version; set base_model.quantization to null.")
+
+
+def _fetch_from_hub(name: str, revision: str, *, with_code: bool) -> Path:
+    """Download a snapshot without pickles. The hub's client keeps it in its own cache."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+
+    suffixes = ("*.safetensors", *(f"*{suffix}" for suffix in COMPANION_SUFFIXES), *(("*.py",) if with_code else ()))
+    try:
+        with quiet():
+            return Path(snapshot_download(name, revision=revision, allow_patterns=list(suffixes), ignore_patterns=["*/*"]))
+    except GatedRepoError:
+        raise BadInput(
+            f"the hub gives '{name}' only to accounts that were granted access; set HF_TOKEN to one of those."
+        ) from None
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise BadInput(f"the hub knows no model '{name}' with the commit {revision}; correct name_or_path or revision.") from None
+    except (HfHubHTTPError, OSError) as error:
+        raise ServiceUnavailable(
+            f"the model hub did not answer for '{name}' ({type(error).__name__}); run again when it is reachable, "
+            "or give base_model.name_or_path a local folder."
+        ) from error
+
+
+def load_model(path: Path, spec: BaseModelSpec, *, device: str = "cpu") -> PreTrainedModel:
+    """Load the base in `path` in the dtype of `spec`: frozen, in eval mode, nothing from the network, never a pickle.
+
+    Raises BadInput if the folder cannot make a causal language model, if weights are missing for it (they would be random),
+    or if a sample of loaded tensors is not what the files hold.
+    """
+    _check_loadable(spec)
+    weights = find_weights(path)
+    with quiet():
+        model, report = _from_pretrained(path, spec)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise BadInput(
+            f"the base {path} has no weights for {missing[0]} ({len(missing)} such tensors); it is no causal language model."
+        )
+    _check_sample(model, weights)
+    model.eval()
+    model.requires_grad_(False)
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def _from_pretrained(path: Path, spec: BaseModelSpec) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, spec.dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(f"transformers cannot load the base {path} as a causal language model: {first[:300]}") from error
+
+
+def _check_sample(model: PreTrainedModel, weights: tuple[Path, ...]) -> None:
+    """Compare a few tensors, spread over the files, with what the files hold: loaders have re-initialised weights silently.
+
+    See DeepSpeed issue 7848. Tensors that a model family stores under other names than it loads them are left out.
+    """
+    loaded = dict(model.named_parameters())
+    for path in {weights[0], weights[-1]}:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in sorted(file.keys()) if _loaded_name(model, name) in loaded]
+            for name in names[:: max(1, len(names) // NUM_CHECKED_TENSORS)]:
+                parameter = loaded[_loaded_name(model, name)].detach()
+                _check_equal(path, name, file.get_slice(name), parameter)
+
+
+def _loaded_name(model: PreTrainedModel, name: str) -> str:
+    prefix = f"{model.base_model_prefix}."
+    return name if name in model.state_dict().keys() or name.startswith(prefix) else prefix + name
+
+
+def _check_equal(path: Path, name: str, stored: Any, loaded: torch.Tensor) -> None:
+    shape = stored.get_shape()
+    if list(loaded.shape) != shape or not shape:
+        return
+    num_rows = max(1, min(shape[0], MAX_CHECKED_ELEMENTS * shape[0] // max(1, loaded.numel())))
+    expected = stored[:num_rows].to(loaded.dtype)
+    if not torch.equal(expected.contiguous().view(torch.uint8), loaded[:num_rows].contiguous().view(torch.uint8)):
+        raise BadInput(
+            f"after loading, the tensor {name} is not what {path} holds; install the tested versions of torch and transformers."
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars and advice of the Hugging Face libraries off the terminal while this is open."""
+    logs = transformers.utils.logging
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
+        if bars:
+            logs.enable_progress_bar()
+
+
+def add_base(store: Storage, path: Path, identity: BaseIdentity, *, upload: bool = False) -> None:
+    """Make the base known to the store, with its files if `upload`; what is there already is kept. May be repeated."""
+    with contextlib.suppress(ConditionFailed):
+        store.put_if_absent(layout.base(identity.base_id), encode_record(BASE_FORMAT, describe_base(identity)))
+    if upload and read_listing(store, identity.base_id) is None:
+        _upload(store, path, identity)
+
+
+def _upload(store: Storage, path: Path, identity: BaseIdentity) -> None:
+    files = {name: {"sha256": sha256_of_file(path / name), "size_bytes": (path / name).stat().st_size} for name in identity.files}
+    set_id = id_of_json(files)
+    prefix = layout.base_files(identity.base_id)
+    for name in identity.files:
+        store.put(f"{prefix}{set_id}/{name}", path / name)
+    crashpoint("base-files-written", identity.base_id)
+    with contextlib.suppress(ConditionFailed):  # another upload of the same base was whole first
+        store.put_if_absent(prefix + LISTING_NAME, encode_record(FILES_FORMAT, {"set": set_id, "files": files}))
+
+
+def read_base(store: Storage, base_id: str) -> dict[str, Any] | None:
+    """Return the body of a base's descriptor, None if the store does not know it."""
+    key = layout.base(base_id)
+    try:
+        data, _ = store.get(key)
+    except ObjectNotFound:
+        return None
+    return decode_record(data, BASE_FORMAT, key)
+
+
+def read_listing(store: Storage, base_id: str) -> dict[str, Any] | None:
+    """Return which files of a base are in the store ("set", "files" by name), None if it was not uploaded."""
+    key = layout.base_files(base_id) + LISTING_NAME
+    try:
+        data, _ = store.get(key)
+    except ObjectNotFound:
+        return None
+    return decode_record(data, FILES_FORMAT, key)
+
+
+def materialise(base_id: str, hint: Path | None, store: Storage, cache_dir: Path) -> Path:
+    """Return a folder on this node that holds the base: `hint`, else the node's cache, else fetched from the store.
+
+    Raises WrongBase if the hint holds another base now, BadInput if the base is nowhere. Several processes fetch it once.
+    """
+    digests = cache_dir / "digests"
+    if hint is not None and (hint / "config.json").is_file():
+        found = identify(hint, digests)
+        if found.base_id == base_id:
+            return hint
+        raise WrongBase(
+            f"the folder {hint} now holds other weights or another architecture: base {found.base_id}, not {base_id} as when "
+            "the job was made; restore the folder, or make the job again for the base that is there."
+        )
+    target = cache_dir / "bases" / base_id
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(target.with_name(f"{base_id}.lock")):
+        if target.is_dir() and _is(target, base_id, digests):
+            return target
+        shutil.rmtree(target, ignore_errors=True)
+        return _fetch_from_store(base_id, hint, store, target)
+
+
+def _is(folder: Path, base_id: str, digests: Path) -> bool:
+    """Tell whether a cached folder still is the base; a damaged one is not."""
+    try:
+        return identify(folder, digests).base_id == base_id
+    except BadInput:
+        return False
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock between processes of this node; it ends with its process."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _fetch_from_store(base_id: str, hint: Path | None, store: Storage, target: Path) -> Path:
+    listing = read_listing(store, base_id)
+    if listing is None:
+        where = f"neither in {hint} nor" if hint is not None else "not"
+        raise BadInput(
+            f"the base {base_id} is {where} in the store {store.uri}; run 'lorafleet base add --upload' where its folder is."
+        )
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f"{base_id}.") as temporary:
+        folder = Path(temporary) / "base"
+        _download(store, base_id, listing, folder)
+        found = identify(folder)
+        if found.base_id != base_id:
+            raise WrongBase(
+                f"the files of base {base_id} in the store {store.uri} are those of {found.base_id}; upload the base again."
+            )
+        folder.rename(target)
+    return target
+
+
+def _download(store: Storage, base_id: str, listing: Mapping[str, Any], folder: Path) -> None:
+    folder.mkdir()
+    for name, known in sorted(listing["files"].items()):
+        key = f"{layout.base_files(base_id)}{listing['set']}/{name}"
+        if name != Path(name).name:
+            raise BadInput(
+                f"the listing of base {base_id} names {name[:80]!r}, which is no plain file name; upload the base again."
+            )
+        try:
+            store.download(key, folder / name)
+        except ObjectNotFound:
+            raise BadInput(f"the store {store.uri} has lost {key}; upload the base {base_id} again.") from None
+        if sha256_of_file(folder / name) != known["sha256"]:
+            raise BadInput(
+                f"{key} in the store {store.uri} is damaged (other SHA-256 than when uploaded); upload the base again."
+            )
+
+
+def verify_base(store: Storage, base_id: str) -> dict[str, Any]:
+    """Check a base in the store down to the bytes; return its descriptor with `uploaded` (bool). Raises BadInput or WrongBase."""
+    described = read_base(store, base_id)
+    if described is None:
+        raise BadInput(f"the store {store.uri} knows no base {base_id}; run 'lorafleet base add' with its folder.")
+    if base_id_of(described["weights_root"], described["architecture"]) != base_id:
+        raise WrongBase(f"{layout.base(base_id)} in the store {store.uri} describes another base; add the base again.")
+    listing = read_listing(store, base_id)
+    if listing is not None:
+        with tempfile.TemporaryDirectory() as temporary:
+            _fetch_from_store(base_id, None, store, Path(temporary) / base_id)
+    return described | {"uploaded": listing is not None}
