@@ -103,6 +103,13 @@ def architecture_of(raw: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
     return {key: _plain(value) for key, value in sorted(found.items()) if not _is_implied(key, value, own, family)}
 
 
+def context_length_of(raw: Mapping[str, Any]) -> int | None:
+    """Return how many tokens a sequence may have, None if the configuration does not say."""
+    text = raw.get("text_config")
+    length = _renamed(text if isinstance(text, Mapping) else raw).get("max_position_embeddings")
+    return length if isinstance(length, int) else None
+
+
 def _renamed(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Give aliases their one name; an alias that contradicts the name it stands for is kept beside it."""
     own = {key: value for key, value in raw.items() if key not in ALIASES}

@@ -1,24 +1,18 @@
-"""Base models on this machine and in the store: finding, loading, uploading, and fetching them to a node.
+"""Base models on this machine and in the store: finding, uploading, and fetching them to a node (no torch here).
 
 A base is used only where its content is what was asked for: a folder that was found by its path is identified again
-(from cached digests) before it counts. In the store a base is a descriptor and, when it was uploaded, one set of files:
+(from cached cache_dir) before it counts. In the store a base is a descriptor and, when it was uploaded, one set of files:
 the files lie under the digest of the set, and the listing, written last with put-if-absent, says which set is whole.
 """
 
 import contextlib
 import fcntl
-import logging
 import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
-
-import torch
-import transformers
-from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from infra.crashpoints import crashpoint
 from infra.errors import BadInput, ConditionFailed, ObjectNotFound, ServiceUnavailable, WrongBase
@@ -28,22 +22,17 @@ from infra.storage import Storage
 from workers import layout
 from workers.identity import BASE_FORMAT, COMPANION_SUFFIXES, BaseIdentity, base_id_of, describe_base, identify
 from workers.spec import BaseModelSpec
-from workers.weight_files import find_weights
 
 FILES_FORMAT = "base-files/1"
 LISTING_NAME = "files.json"
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
-NUM_CHECKED_TENSORS = 4
-MAX_CHECKED_ELEMENTS = 1 << 20
-"""Of each checked tensor, so many elements are compared at most."""
 
 
 def find_base(spec: BaseModelSpec, folder: Path) -> Path:
     """Return the folder of a job's base: a local path (from `folder`, then from here), else a pinned hub model, downloaded.
 
-    Raises BadInput if it is neither, or asks for what this version cannot load; ServiceUnavailable if the hub does not answer.
+    Raises BadInput if it is neither; ServiceUnavailable if the hub does not answer.
     """
-    _check_loadable(spec)
     tried = [Path(root, spec.name_or_path).expanduser() for root in (folder, Path.cwd())]
     for candidate in tried:
         if candidate.is_dir():
@@ -59,11 +48,6 @@ def find_base(spec: BaseModelSpec, folder: Path) -> Path:
     return _fetch_from_hub(spec.name_or_path, spec.revision, with_code=spec.trust_remote_code)
 
 
-def _check_loadable(spec: BaseModelSpec) -> None:
-    if spec.quantization is not None:
-        raise BadInput("4-bit bases cannot be trained by this version; set base_model.quantization to null.")
-
-
 def _fetch_from_hub(name: str, revision: str, *, with_code: bool) -> Path:
     """Download a snapshot without pickles. The hub's client keeps it in its own cache."""
     from huggingface_hub import snapshot_download
@@ -71,7 +55,7 @@ def _fetch_from_hub(name: str, revision: str, *, with_code: bool) -> Path:
 
     suffixes = ("*.safetensors", *(f"*{suffix}" for suffix in COMPANION_SUFFIXES), *(("*.py",) if with_code else ()))
     try:
-        with quiet():
+        with _without_progress_bars():
             return Path(snapshot_download(name, revision=revision, allow_patterns=list(suffixes), ignore_patterns=["*/*"]))
     except GatedRepoError:
         raise BadInput(
@@ -86,90 +70,17 @@ def _fetch_from_hub(name: str, revision: str, *, with_code: bool) -> Path:
         ) from error
 
 
-def load_model(path: Path, spec: BaseModelSpec, *, device: str = "cpu") -> PreTrainedModel:
-    """Load the base in `path` in the dtype of `spec`: frozen, in eval mode, nothing from the network, never a pickle.
-
-    Raises BadInput if the folder cannot make a causal language model, if weights are missing for it (they would be random),
-    or if a sample of loaded tensors is not what the files hold.
-    """
-    _check_loadable(spec)
-    weights = find_weights(path)
-    with quiet():
-        model, report = _from_pretrained(path, spec)
-    missing = sorted(report["missing_keys"])
-    if missing:
-        raise BadInput(
-            f"the base {path} has no weights for {missing[0]} ({len(missing)} such tensors); it is no causal language model."
-        )
-    _check_sample(model, weights)
-    model.eval()
-    model.requires_grad_(False)
-    return model.to(device)  # type: ignore[arg-type]
-
-
-def _from_pretrained(path: Path, spec: BaseModelSpec) -> tuple[PreTrainedModel, Mapping[str, Any]]:
-    try:
-        return AutoModelForCausalLM.from_pretrained(
-            path,
-            dtype=getattr(torch, spec.dtype),
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=spec.trust_remote_code,
-            output_loading_info=True,
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(f"transformers cannot load the base {path} as a causal language model: {first[:300]}") from error
-
-
-def _check_sample(model: PreTrainedModel, weights: tuple[Path, ...]) -> None:
-    """Compare a few tensors, spread over the files, with what the files hold: loaders have re-initialised weights silently.
-
-    See DeepSpeed issue 7848. Tensors that a model family stores under other names than it loads them are left out.
-    """
-    loaded = dict(model.named_parameters())
-    for path in {weights[0], weights[-1]}:
-        with safe_open(path, framework="pt") as file:
-            names = [name for name in sorted(file.keys()) if _loaded_name(model, name) in loaded]
-            for name in names[:: max(1, len(names) // NUM_CHECKED_TENSORS)]:
-                parameter = loaded[_loaded_name(model, name)].detach()
-                _check_equal(path, name, file.get_slice(name), parameter)
-
-
-def _loaded_name(model: PreTrainedModel, name: str) -> str:
-    prefix = f"{model.base_model_prefix}."
-    return name if name in model.state_dict().keys() or name.startswith(prefix) else prefix + name
-
-
-def _check_equal(path: Path, name: str, stored: Any, loaded: torch.Tensor) -> None:
-    shape = stored.get_shape()
-    if list(loaded.shape) != shape or not shape:
-        return
-    num_rows = max(1, min(shape[0], MAX_CHECKED_ELEMENTS * shape[0] // max(1, loaded.numel())))
-    expected = stored[:num_rows].to(loaded.dtype)
-    if not torch.equal(expected.contiguous().view(torch.uint8), loaded[:num_rows].contiguous().view(torch.uint8)):
-        raise BadInput(
-            f"after loading, the tensor {name} is not what {path} holds; install the tested versions of torch and transformers."
-        )
-
-
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep progress bars and advice of the Hugging Face libraries off the terminal while this is open."""
-    logs = transformers.utils.logging
-    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    hub = logging.getLogger("huggingface_hub")
-    hub_level = hub.level
-    logs.set_verbosity_error()
-    logs.disable_progress_bar()
-    hub.setLevel(logging.ERROR)
+def _without_progress_bars() -> Iterator[None]:
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    shown = not are_progress_bars_disabled()
+    disable_progress_bars()
     try:
         yield
     finally:
-        logs.set_verbosity(verbosity)
-        hub.setLevel(hub_level)
-        if bars:
-            logs.enable_progress_bar()
+        if shown:
+            enable_progress_bars()
 
 
 def add_base(store: Storage, path: Path, identity: BaseIdentity, *, upload: bool = False) -> None:
@@ -216,9 +127,8 @@ def materialise(base_id: str, hint: Path | None, store: Storage, cache_dir: Path
 
     Raises WrongBase if the hint holds another base now, BadInput if the base is nowhere. Several processes fetch it once.
     """
-    digests = cache_dir / "digests"
     if hint is not None and (hint / "config.json").is_file():
-        found = identify(hint, digests)
+        found = identify(hint, cache_dir)
         if found.base_id == base_id:
             return hint
         raise WrongBase(
@@ -228,16 +138,16 @@ def materialise(base_id: str, hint: Path | None, store: Storage, cache_dir: Path
     target = cache_dir / "bases" / base_id
     target.parent.mkdir(parents=True, exist_ok=True)
     with _locked(target.with_name(f"{base_id}.lock")):
-        if target.is_dir() and _is(target, base_id, digests):
+        if target.is_dir() and _is(target, base_id, cache_dir):
             return target
         shutil.rmtree(target, ignore_errors=True)
         return _fetch_from_store(base_id, hint, store, target)
 
 
-def _is(folder: Path, base_id: str, digests: Path) -> bool:
+def _is(folder: Path, base_id: str, cache_dir: Path) -> bool:
     """Tell whether a cached folder still is the base; a damaged one is not."""
     try:
-        return identify(folder, digests).base_id == base_id
+        return identify(folder, cache_dir).base_id == base_id
     except BadInput:
         return False
 

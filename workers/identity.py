@@ -18,7 +18,7 @@ from typing import Any
 from infra.errors import BadInput
 from infra.fingerprint import canonical_json, id_of_json, sha256_of_file
 from infra.records import decode_record, encode_record
-from workers.architecture import ARCHITECTURE_VERSION, architecture_of
+from workers.architecture import ARCHITECTURE_VERSION, architecture_of, context_length_of
 from workers.spec import BaseModelSpec
 from workers.weight_files import INDEX_NAME, WEIGHTS_NAME, TensorDigest, find_weights, hash_tensors, read_json
 
@@ -46,6 +46,8 @@ class BaseIdentity:
     """Size of the weight files."""
     files: tuple[str, ...]
     """Names of the files that make up the base, sorted: weights, index, configuration, tokenizer."""
+    context_length: int | None
+    """Tokens a sequence may have as the folder's configuration says, None if it does not; not part of the identity."""
     tensors: tuple[TensorDigest, ...]
     """Sorted by name, without a tied head."""
 
@@ -77,6 +79,7 @@ def identify(path: Path, cache_dir: Path | None = None) -> BaseIdentity:
         num_parameters=sum(tensor.num_elements for tensor in tensors),
         size_bytes=sum(file.stat().st_size for file in weights),
         files=_files_of(folder, weights, with_code="auto_map" in raw),
+        context_length=context_length_of(raw),
         tensors=tensors,
     )
 
@@ -199,7 +202,7 @@ def _digest_file(path: Path, cache_dir: Path | None, pool: ThreadPoolExecutor) -
     if cache_dir is None:
         return hash_tensors(path, pool)
     real = path.resolve()
-    entry = Path(cache_dir) / f"{id_of_json(str(real))}.json"
+    entry = Path(cache_dir) / "digests" / f"{id_of_json(str(real))}.json"
     before = _file_state(real)
     cached = _read_cached(entry, before)
     if cached is not None:

@@ -1,0 +1,108 @@
+"""Loading a base model for training: frozen, quiet, nothing from the network, and checked against its files."""
+
+import contextlib
+import logging
+from collections.abc import Container, Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from infra.errors import BadInput
+from workers.spec import BaseModelSpec
+from workers.weight_files import find_weights
+
+NUM_CHECKED_TENSORS = 4
+MAX_CHECKED_ELEMENTS = 1 << 20
+"""Of each checked tensor, so many elements are compared at most."""
+
+
+def load_model(path: Path, spec: BaseModelSpec, *, device: str = "cpu") -> PreTrainedModel:
+    """Load the base in `path` in the dtype of `spec`: frozen, in eval mode, nothing from the network, never a pickle.
+
+    Raises BadInput if the folder cannot make a causal language model, if weights are missing for it (they would be random),
+    or if a sample of loaded tensors is not what the files hold.
+    """
+    if spec.quantization is not None:
+        raise BadInput("4-bit bases cannot be trained by this version; set base_model.quantization to null.")
+    weights = find_weights(path)
+    with quiet():
+        model, report = _from_pretrained(path, spec)
+    missing = sorted(report["missing_keys"])
+    if missing:
+        raise BadInput(
+            f"the base {path} has no weights for {missing[0]} ({len(missing)} such tensors); it is no causal language model."
+        )
+    _check_sample(model, weights)
+    model.eval()
+    model.requires_grad_(False)
+    return model.to(device)  # type: ignore[arg-type]
+
+
+def _from_pretrained(path: Path, spec: BaseModelSpec) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(
+            path,
+            dtype=getattr(torch, spec.dtype),
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=spec.trust_remote_code,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise BadInput(f"transformers cannot load the base {path} as a causal language model: {first[:300]}") from error
+    return cast(tuple[PreTrainedModel, Mapping[str, Any]], loaded)
+
+
+def _check_sample(model: PreTrainedModel, weights: tuple[Path, ...]) -> None:
+    """Compare a few tensors, spread over the files, with what the files hold: loaders have re-initialised weights silently.
+
+    See DeepSpeed issue 7848. Tensors that a model family stores under other names than it loads them are left out.
+    """
+    loaded = dict(model.named_parameters())
+    for path in {weights[0], weights[-1]}:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in sorted(file.keys()) if _loaded_name(model, loaded, name) in loaded]
+            for name in names[:: max(1, len(names) // NUM_CHECKED_TENSORS)]:
+                parameter = loaded[_loaded_name(model, loaded, name)].detach()
+                _check_equal(path, name, file.get_slice(name), parameter)
+
+
+def _loaded_name(model: PreTrainedModel, parameters: Container[str], name: str) -> str:
+    prefix = f"{model.base_model_prefix}."
+    return name if name in parameters or name.startswith(prefix) else prefix + name
+
+
+def _check_equal(path: Path, name: str, stored: Any, loaded: torch.Tensor) -> None:
+    shape = stored.get_shape()
+    if list(loaded.shape) != shape or not shape:
+        return
+    num_rows = max(1, min(shape[0], MAX_CHECKED_ELEMENTS * shape[0] // max(1, loaded.numel())))
+    expected = stored[:num_rows].to(loaded.dtype)
+    if not torch.equal(expected.contiguous().view(torch.uint8), loaded[:num_rows].contiguous().view(torch.uint8)):
+        raise BadInput(
+            f"after loading, the tensor {name} is not what {path} holds; install the tested versions of torch and transformers."
+        )
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep progress bars and advice of the Hugging Face libraries off the terminal while this is open."""
+    logs = transformers.utils.logging
+    verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
+    hub = logging.getLogger("huggingface_hub")
+    hub_level = hub.level
+    logs.set_verbosity_error()
+    logs.disable_progress_bar()
+    hub.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logs.set_verbosity(verbosity)
+        hub.setLevel(hub_level)
+        if bars:
+            logs.enable_progress_bar()
