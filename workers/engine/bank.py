@@ -24,33 +24,37 @@ class _Place:
 
 
 class Bank:
-    """Weights, gradients and Adam's two moments of one adapter; all float32 vectors of `num_parameters`."""
+    """Weights, gradients and Adam's two moments of one adapter; vectors of `num_parameters`, float32 unless a proof asks for more."""
 
-    def __init__(self, layers: Mapping[str, LoraLinear], targets: Sequence[str], peft: PeftSpec, device: torch.device) -> None:
+    def __init__(
+        self,
+        layers: Mapping[str, LoraLinear],
+        targets: Sequence[str],
+        peft: PeftSpec,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.peft = peft
         self.scale = scale_of(peft.lora_alpha, peft.r, peft.use_rslora)
         self._places = _lay_out(layers, targets, peft.r)
         self.num_parameters = sum(place.b.stop - place.a.start for place in self._places.values())
-        self.weights = torch.zeros(self.num_parameters, device=device)
+        self.weights = torch.zeros(self.num_parameters, device=device, dtype=dtype)
         self.gradients = torch.zeros_like(self.weights)
         self.first_moment = torch.zeros_like(self.weights)
         self.second_moment = torch.zeros_like(self.weights)
         self.factors = {name: self._factors(place) for name, place in self._places.items()}
 
     def _factors(self, place: _Place) -> Factors:
-        a, b = (self._leaf(self.weights, self.gradients, part) for part in (place.a, place.b))
         r = self.peft.r
-        leaves = []
-        for leaf, shape in ((a, (r, place.in_features)), (b, (place.out_features, r))):
-            weight, gradient = (tensor.view(shape) for tensor in leaf)
-            weight.requires_grad_(True)
-            weight.grad = gradient
-            leaves.append(weight)
-        return Factors(leaves[0], leaves[1], self.scale, self.peft.lora_dropout)
+        a = self._leaf(place.a, (r, place.in_features))
+        b = self._leaf(place.b, (place.out_features, r))
+        return Factors(a, b, self.scale, self.peft.lora_dropout)
 
-    @staticmethod
-    def _leaf(weights: Tensor, gradients: Tensor, part: slice) -> tuple[Tensor, Tensor]:
-        return weights[part], gradients[part]
+    def _leaf(self, part: slice, shape: tuple[int, int]) -> Tensor:
+        """Return a leaf tensor that shares memory with `weights`, its gradient with `gradients` (autograd adds in place)."""
+        leaf = self.weights[part].view(shape).requires_grad_(True)
+        leaf.grad = self.gradients[part].view(shape)
+        return leaf
 
     def initialise(self, seed: int) -> None:
         """Fresh weights: A random by (seed, layer name), B zero, so that the adapter starts as the plain base."""

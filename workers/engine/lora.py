@@ -71,7 +71,9 @@ def scale_of(lora_alpha: float, r: int, use_rslora: bool) -> float:
 def install(model: PreTrainedModel) -> dict[str, LoraLinear]:
     """Wrap every adaptable linear of `model` in place; return them by PEFT's module names, in the model's order."""
     found = [
-        (name, module) for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and can_be_adapted(name)
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and can_be_adapted(name)
     ]
     wrapped: dict[str, LoraLinear] = {}
     for index, (name, module) in enumerate(found):

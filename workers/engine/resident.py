@@ -41,24 +41,24 @@ class ResidentBase:
     def recomputing(self, on: bool) -> Iterator[None]:
         """Recompute each block's activations in the backward pass while this is open, if `on`."""
         if on:
-            self.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.model.activation_checkpointing_enable({"use_reentrant": False})
             self.model.train()  # transformers recomputes in training mode only
         try:
             yield
         finally:
             if on:
-                self.model.gradient_checkpointing_disable()
+                self.model.activation_checkpointing_disable()
                 self.model.eval()
 
     def logits(self, stream: Stream) -> Tensor:
-        """Return logits [K, V] in float32 at the stream's predicting positions; call inside `sequences_of`."""
+        """Return logits [K, V], in float32 at least, at the stream's predicting positions; call inside `sequences_of`."""
         output = self.model(
             input_ids=stream.input_ids_T[None],
             position_ids=stream.position_ids_T[None],
             logits_to_keep=stream.predicting_K,
             use_cache=False,
         )
-        return output.logits[0].float()
+        return output.logits[0].to(torch.promote_types(output.logits.dtype, torch.float32))
 
     def loss_sum(self, stream: Stream) -> Tensor:
         """Return the sum of the cross-entropies [nats] of the stream's supervised tokens; call inside `sequences_of`."""

@@ -78,6 +78,7 @@ class Training:
         *,
         init: Mapping[str, Tensor] | None = None,
         validation_bytes: int = 0,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Prepare fresh weights, or those of `init` (PEFT names). Raises BadInput if targets or rank do not fit the base."""
         targets = select_targets(peft.target_modules, list(base.layers))
@@ -85,7 +86,7 @@ class Training:
         self.base, self.peft, self.training = base, peft, training
         self.train, self.validation, self.validation_bytes = train, validation, validation_bytes
         self.num_steps = num_steps(training, len(train))
-        self.bank = Bank(base.layers, targets, peft, base.device)
+        self.bank = Bank(base.layers, targets, peft, base.device, dtype)
         self.bank.load(init) if init is not None else self.bank.initialise(training.seed)
         self.best_weights = self.bank.weights.detach().clone()
         self.standing = Standing()

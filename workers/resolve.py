@@ -1,0 +1,136 @@
+"""From a spec to a job: find the base and its identity, read the data and keep it in the store, check that it can train.
+
+Everything a person may have got wrong is found here, before anything is launched. One `Resolver` serves a whole sweep: base
+and data are looked at once, however many trials ask.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from infra.errors import BadInput, WrongBase
+from infra.storage import Storage
+from workers.bases import add_base, find_base
+from workers.data.render import Renderer
+from workers.data.rows import Row
+from workers.data.sources import Splits, load_splits
+from workers.data.store import save_rows
+from workers.data.template import prompt_contract
+from workers.data.tokenizer import load_tokenizer
+from workers.identity import BaseIdentity, identify, training_view
+from workers.job import BaseRef, DataRef, Job, pin
+from workers.spec import BaseModelSpec, DataSpec, JobSpec
+from workers.targets import check_rank, linears_of_tensors, select_targets
+
+AdapterFinder = Callable[[str, str], tuple[str, str]]
+"""(tenant, reference) -> (base_id, adapter_id) of a stored adapter; raises BadInput."""
+
+
+@dataclass(frozen=True)
+class _Base:
+    path: Path
+    identity: BaseIdentity
+    ref: BaseRef
+
+
+@dataclass(frozen=True)
+class _Data:
+    splits: Splits
+    train: DataRef
+    validation: DataRef | None
+    test: DataRef | None
+
+
+@dataclass
+class Resolver:
+    """Pins specs whose paths are relative to `folder`."""
+
+    store: Storage
+    folder: Path
+    cache_dir: Path
+    find_adapter: AdapterFinder
+    notes: list[str] = field(default_factory=list)
+    """Sentences about what was noticed and is no error (duplicates between splits, ...)."""
+    _bases: dict[BaseModelSpec, _Base] = field(default_factory=dict)
+    _data: dict[tuple[str, DataSpec], _Data] = field(default_factory=dict)
+    _rendered: set[tuple[DataSpec, int]] = field(default_factory=set)
+
+    def resolve(self, spec: JobSpec) -> Job:
+        """Return the pinned job. Raises BadInput, WrongBase or ServiceUnavailable with one sentence."""
+        base = self._base(spec.base_model)
+        self._check_adapter(spec, base)
+        init_adapter_id = self._init_adapter(spec, base)
+        data = self._data_of(spec, base)
+        return pin(spec, base.ref, data.train, data.validation, data.test, init_adapter_id)
+
+    def rows(self, spec: JobSpec) -> Splits:
+        """Return the rows a spec trains, validates and tests on."""
+        return self._data_of(spec, self._base(spec.base_model)).splits
+
+    def identity(self, spec: JobSpec) -> BaseIdentity:
+        """Return the identity of a spec's base."""
+        return self._base(spec.base_model).identity
+
+    def renderer(self, spec: JobSpec) -> Renderer:
+        """Return the renderer that turns a spec's rows into tokens as training does."""
+        base = self._base(spec.base_model)
+        return Renderer(load_tokenizer(base.path), spec.training.max_length, context_length=base.identity.context_length)
+
+    def _base(self, spec: BaseModelSpec) -> _Base:
+        if spec not in self._bases:
+            path = find_base(spec, self.folder)
+            identity = identify(path, self.cache_dir)
+            add_base(self.store, path, identity, upload=False)
+            ref = BaseRef(identity.base_id, training_view(spec), prompt_contract(path), str(path.resolve()))
+            self._bases[spec] = _Base(path, identity, ref)
+        return self._bases[spec]
+
+    def _check_adapter(self, spec: JobSpec, base: _Base) -> None:
+        if spec.base_model.quantization is not None:
+            raise BadInput("base_model.quantization: 4-bit bases cannot be trained yet; set it to null.")
+        shapes = linears_of_tensors(base.identity.shapes)
+        targets = select_targets(spec.peft.target_modules, list(shapes))
+        check_rank(spec.peft.r, targets, shapes)
+
+    def _init_adapter(self, spec: JobSpec, base: _Base) -> str | None:
+        if spec.peft.init_adapter is None:
+            return None
+        base_id, adapter_id = self.find_adapter(spec.tenant, spec.peft.init_adapter)
+        refuse_other_base(f"peft.init_adapter {adapter_id[:12]}", base_id, base.ref.base_id)
+        return adapter_id
+
+    def _data_of(self, spec: JobSpec, base: _Base) -> _Data:
+        key = (spec.tenant, spec.data)
+        if key not in self._data:
+            splits = load_splits(spec.data, self.folder)
+            self._check_renders(spec, base, splits)
+            self.notes += splits.notes
+            self._data[key] = _Data(
+                splits,
+                save_rows(self.store, spec.tenant, splits.train),
+                self._saved(spec, splits.validation),
+                self._saved(spec, splits.test),
+            )
+        elif (spec.data, spec.training.max_length) not in self._rendered:
+            self._check_renders(spec, base, self._data[key].splits)
+        return self._data[key]
+
+    def _saved(self, spec: JobSpec, rows: list[Row] | None) -> DataRef | None:
+        return save_rows(self.store, spec.tenant, rows) if rows else None
+
+    def _check_renders(self, spec: JobSpec, base: _Base, splits: Splits) -> None:
+        """Render every row once, so that a row that cannot be trained on is named before anything is stored or launched."""
+        renderer = self.renderer(spec)
+        for rows in (splits.train, splits.validation, splits.test):
+            if rows:
+                renderer.render_all(rows)
+        self._rendered.add((spec.data, spec.training.max_length))
+
+
+def refuse_other_base(what: str, trained_on: str, present: str) -> None:
+    """Raise WrongBase unless both ids are one."""
+    if trained_on != present:
+        raise WrongBase(
+            f"{what} was trained on the base {trained_on[:12]}, and this base is {present[:12]}; "
+            "use the base it was trained on, or train an adapter for this one."
+        )
