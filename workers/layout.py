@@ -70,8 +70,12 @@ def evidence(tenant_: str, adapter_id: str, digest: str) -> str:
     return f"{tenant(tenant_)}evidence/{_id(adapter_id)}/{_id(digest)}.json"
 
 
+def sweeps(tenant_: str) -> str:
+    return f"{tenant(tenant_)}sweeps/"
+
+
 def sweep(tenant_: str, name: str) -> str:
-    return f"{tenant(tenant_)}sweeps/{_name(name)}/"
+    return f"{sweeps(tenant_)}{_name(name)}/"
 
 
 def sweep_spec(tenant_: str, name: str) -> str:
@@ -80,6 +84,14 @@ def sweep_spec(tenant_: str, name: str) -> str:
 
 def sweep_claim(tenant_: str, name: str) -> str:
     return f"{sweep(tenant_, name)}claim.json"
+
+
+def sweep_settings(tenant_: str, name: str) -> str:
+    return f"{sweep(tenant_, name)}settings.json"
+
+
+def sweep_stop(tenant_: str, name: str) -> str:
+    return f"{sweep(tenant_, name)}stop.json"
 
 
 def trials(tenant_: str, name: str) -> str:
