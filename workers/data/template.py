@@ -1,0 +1,207 @@
+"""Conversations to text by a chat template: the base's own in a child process with limits, or our default one.
+
+A foreign template may loop for ever or build gigabytes; it then costs its child process and becomes one BadInput.
+The default, for bases without a template, is named: its name stands for it in the prompt contract.
+"""
+
+import json
+import subprocess
+import sys
+import threading
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from infra.errors import BadInput
+from workers.data import template_child
+from workers.data.formats import is_trained
+from workers.data.rows import Row
+
+DEFAULT_TEMPLATE_NAME = "lorafleet-chat-v1"
+DEFAULT_TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ message['role'] | capitalize }}: {{ message['content'] }}"
+    "{{ eos_token if message['role'] == 'assistant' else '\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}"
+)
+"""Plain words, so that a base that never saw control tokens can read it. The space after `Assistant:` belongs to the
+answer: most tokenizers join it with the first word."""
+
+_MAX_TEMPLATE_CHARS = 256 * 1024
+_MEMORY_BYTES = 1 << 30
+_BATCH_CHARS = 4 << 20
+_BATCH_ROWS = 1000
+_MESSAGES_PER_CPU_SECOND = 2000
+"""A fifth of what the slowest published template tried here (Llama 3.1) renders on one core."""
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as text."""
+
+    text: str
+    spans: tuple[tuple[int, int], ...]
+    """(start, end) characters of each turn that is trained on, end-of-turn mark included."""
+
+
+@dataclass(frozen=True)
+class TemplateLimits:
+    """What a foreign template may use."""
+
+    cpu_seconds: float = 5.0
+    """Beside the time that a batch's number of messages allows."""
+    memory_bytes: int = _MEMORY_BYTES
+
+
+class ChatTemplate(Protocol):
+    """Renders conversations. Implementations may be used from several threads."""
+
+    def render(self, rows: Sequence[Row]) -> list[Rendered]:
+        """Render `rows` of kind messages. Raises BadInput, naming the first row that the template refuses or does not nest."""
+        ...
+
+
+class DefaultTemplate:
+    """Our own template, trusted, rendered in this process."""
+
+    def __init__(self, bos_token: str, eos_token: str) -> None:
+        """`bos_token` is empty for a tokenizer that adds none."""
+        self._template = template_child.compile_template(DEFAULT_TEMPLATE)
+        self._variables = {"bos_token": bos_token, "eos_token": eos_token}
+
+    def render(self, rows: Sequence[Row]) -> list[Rendered]:
+        """Render `rows`."""
+        results = [
+            template_child.render_conversation(
+                self._template, self._variables, row.body["messages"], _trained(row), max_chars=1 << 40
+            )
+            for row in rows
+        ]
+        return _checked(rows, results)
+
+
+class ForeignTemplate:
+    """A base's template, rendered in a child process of bounded CPU time and memory, which lives as long as this object."""
+
+    def __init__(self, template: str, variables: Mapping[str, str], limits: TemplateLimits | None = None) -> None:
+        """`variables` are the tokenizer's special tokens by name. Raises BadInput if the text is no template."""
+        if len(template) > _MAX_TEMPLATE_CHARS:
+            raise BadInput(f"the base's chat template has {len(template)} characters, expected at most {_MAX_TEMPLATE_CHARS}.")
+        self._limits = limits or TemplateLimits()
+        self._lock = threading.Lock()
+        self._child = _start_child()
+        self._stop = weakref.finalize(self, _stop_child, self._child)
+        start = {
+            "template": template,
+            "variables": dict(variables),
+            "memory_bytes": self._limits.memory_bytes,
+            "cpu_seconds": self._limits.cpu_seconds,
+        }
+        if problem := self._ask(start, self._limits.cpu_seconds).get("problem"):
+            self.close()
+            raise BadInput(
+                f"the base's chat template cannot be read ({problem}); correct it or remove it from the base's folder."
+            )
+
+    def render(self, rows: Sequence[Row]) -> list[Rendered]:
+        """Render `rows`, in batches."""
+        results: list[dict[str, Any]] = []
+        with self._lock:
+            for batch in _batches(rows):
+                results += self._render_batch(batch)
+        return _checked(rows, results)
+
+    def close(self) -> None:
+        """End the child process; nothing can be rendered after that."""
+        self._stop()
+
+    def _render_batch(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        conversations = [{"messages": row.body["messages"], "trained": _trained(row)} for row in rows]
+        seconds = self._limits.cpu_seconds + sum(map(_num_renderings, conversations)) / _MESSAGES_PER_CPU_SECOND
+        chars = max(map(_num_chars, conversations))
+        return self._ask({"rows": conversations, "max_chars": 16 * chars + 65536, "cpu_seconds": seconds}, seconds)
+
+    def _ask(self, request: Mapping[str, Any], seconds: float) -> Any:
+        stdin, stdout = self._child.stdin, self._child.stdout
+        assert stdin is not None
+        assert stdout is not None
+        try:
+            stdin.write(json.dumps(request).encode() + b"\n")
+            stdin.flush()
+            answer = stdout.readline()
+        except (BrokenPipeError, ValueError):
+            answer = b""
+        if not answer.endswith(b"\n"):
+            self.close()
+            raise BadInput(
+                f"the base's chat template did not end within {seconds:.0f} s of CPU time and "
+                f"{self._limits.memory_bytes >> 20} MiB of memory; use another template."
+            )
+        return json.loads(answer)
+
+
+def _start_child() -> "subprocess.Popen[bytes]":
+    # Isolated (-I): the folder of the script is not searched for modules; the environment is empty, so it holds no secrets.
+    command = [sys.executable, "-I", "-X", "utf8", str(Path(template_child.__file__))]
+    return subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env={"LANG": "C.UTF-8"}
+    )
+
+
+def _stop_child(child: "subprocess.Popen[bytes]") -> None:
+    child.kill()
+    child.wait()
+    for pipe in (child.stdin, child.stdout):
+        if pipe is not None:
+            try:
+                pipe.close()
+            except BrokenPipeError:
+                continue  # what was left to send has no reader any more
+
+
+def _trained(row: Row) -> list[int]:
+    return [number for number, message in enumerate(row.body["messages"]) if is_trained(message)]
+
+
+def _num_renderings(conversation: Mapping[str, Any]) -> int:
+    """Messages that are rendered for a conversation, counting each prefix anew."""
+    return len(conversation["messages"]) + 2 * sum(number + 1 for number in conversation["trained"])
+
+
+def _num_chars(conversation: Mapping[str, Any]) -> int:
+    return sum(len(message["content"]) for message in conversation["messages"])
+
+
+def _batches(rows: Sequence[Row]) -> Iterator[list[Row]]:
+    batch: list[Row] = []
+    chars = 0
+    for row in rows:
+        batch.append(row)
+        chars += _num_chars(row.body)
+        if len(batch) >= _BATCH_ROWS or chars >= _BATCH_CHARS:
+            yield batch
+            batch, chars = [], 0
+    if batch:
+        yield batch
+
+
+def _checked(rows: Sequence[Row], results: Sequence[Mapping[str, Any]]) -> list[Rendered]:
+    """Turn answers into values; raise BadInput for the first that is none, with the number of those that follow."""
+    bad = [(row, result) for row, result in zip(rows, results, strict=True) if "text" not in result]
+    if bad:
+        row, result = bad[0]
+        more = f" ({len(bad) - 1} more such rows follow.)" if len(bad) > 1 else ""
+        raise BadInput(_refusal(row, result) + more)
+    return [Rendered(result["text"], tuple((start, end) for start, end in result["spans"])) for result in results]
+
+
+def _refusal(row: Row, result: Mapping[str, Any]) -> str:
+    if "problem" in result:
+        return f"{row.where} is refused by the base's chat template: {result['problem']}."
+    number = result["unnested"] + 1
+    return (
+        f"{row.where}: the base's chat template writes message {number} differently once more messages follow, so what the "
+        f'model answers there is not what it would be trained on; give that message "weight": 0 to train on later turns only.'
+    )
