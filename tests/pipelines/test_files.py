@@ -175,7 +175,7 @@ def test_sweep_reads_its_job_beside_itself(tmp_path: Path) -> None:
     sweep, job, folder = load_sweep(write(tmp_path, "sweep.yaml", SWEEP.replace("job.yaml", "jobs/job.yaml")))
     assert job.tenant == "acme"
     assert sweep.job == job
-    assert sweep.space["training.learning_rate"].low == 1e-5
+    assert sweep.space["training.learning_rate"].model_dump()["low"] == 1e-5
     assert folder == tmp_path / "jobs"
 
 
@@ -206,7 +206,7 @@ def test_overrides_reach_any_depth_and_leave_the_original(tmp_path: Path) -> Non
         raw, ["training.max_steps=50", "training.learning_rate=1e-4", "peft.target_modules=[q_proj]", "task="]
     )
     assert changed == {
-        "training": {"max_steps": 50, "seed": 7},
+        "training": {"max_steps": 50, "learning_rate": 1e-4},
         "task": None,
         "peft": {"target_modules": ["q_proj"]},
     }
@@ -217,7 +217,7 @@ def test_overrides_of_a_sweep_reach_into_job_and_space(tmp_path: Path) -> None:
     write(tmp_path, "job.yaml", JOB)
     overrides = ["num_trials=2", "job.training.max_steps=9", "space.peft.r.choices=[2]"]
     sweep, job, _ = load_sweep(write(tmp_path, "sweep.yaml", SWEEP), overrides)
-    assert (sweep.num_trials, job.training.max_steps, sweep.space["peft.r"].choices) == (2, 9, [2])
+    assert (sweep.num_trials, job.training.max_steps, sweep.space["peft.r"].model_dump()["choices"]) == (2, 9, [2])
 
 
 @pytest.mark.parametrize(
