@@ -7,6 +7,7 @@ points, the adapter. Everything else an attempt writes is reachable only through
 import platform
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import Any
@@ -49,6 +50,7 @@ class Attempt:
     store: Storage
     job: Job
     lease: Lease
+    _renewal: ExitStack = field(default_factory=ExitStack)
     _points: list[Point] = field(default_factory=list)
     _started: float = field(default_factory=time.monotonic)
 
@@ -64,7 +66,13 @@ class Attempt:
         lease = claim(store, key, STATE_FORMAT, FRESH, owner=owner, lease_seconds=lease_seconds)
         lease.update({"status": "running", "reason": ""})
         crashpoint("job-claimed", job.job_id)
-        return Attempt(store, job, lease)
+        attempt = Attempt(store, job, lease)
+        attempt._renewal.enter_context(lease.keep_alive())
+        return attempt
+
+    def close(self) -> None:
+        """Stop renewing the claim, whether it was released or is left to whoever comes next."""
+        self._renewal.close()
 
     @property
     def prefix(self) -> str:
@@ -116,6 +124,7 @@ class Attempt:
         self.store.put(record, encode_record(RECORD_FORMAT, self._record() | body | {"chunks": chunks}))
         crashpoint("record-written", self.job.job_id)
         self.lease.release({**body, "record": record, "chunks": chunks, "checkpoint": None})
+        self.close()
         crashpoint("job-committed", self.job.job_id)
         if before is not None:
             delete_checkpoint(self.store, before["prefix"])
@@ -125,6 +134,7 @@ class Attempt:
         """Commit another end than success; the last checkpoint stays for a later try."""
         _, chunks = self._write_chunk() if status != "preempted" else ("", self.lease.body["chunks"])
         self.lease.release({"status": status, "reason": reason, "chunks": chunks, **self._effort()})
+        self.close()
         crashpoint("job-ended", self.job.job_id)
         return _finished(self.job.job_id, self.lease.body)
 

@@ -4,8 +4,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from transformers import PreTrainedTokenizerBase
-
 from workers.data.render import Renderer
 from workers.data.rows import Row
 from workers.engine.generate import generate_answers
@@ -24,13 +22,14 @@ class Answer:
     reference: str
 
 
-def answer_rows(
-    base: ResidentBase, tokenizer: PreTrainedTokenizerBase, renderer: Renderer, rows: Sequence[Row], max_new_tokens: int
-) -> list[Answer]:
+def answer_rows(base: ResidentBase, renderer: Renderer, rows: Sequence[Row], max_new_tokens: int) -> list[Answer]:
     """Generate an answer for each row's last turn with whatever adapter is switched in."""
     prompts = [renderer.prompt_ids(row) for row in rows]
-    texts = generate_answers(base, tokenizer, prompts, max_new_tokens)
-    return [Answer(row.where, text, renderer.reference(row).strip()) for row, text in zip(rows, texts, strict=True)]
+    generated = generate_answers(base, prompts, max_new_tokens, renderer.stop_ids)
+    return [
+        Answer(row.where, renderer.answer_text(ids), renderer.reference(row).strip())
+        for row, ids in zip(rows, generated, strict=True)
+    ]
 
 
 def answer_metrics(answers: Sequence[Answer], format_pattern: str | None) -> dict[str, float]:
@@ -40,13 +39,14 @@ def answer_metrics(answers: Sequence[Answer], format_pattern: str | None) -> dic
     metrics = {"eval/exact_match": sum(answer.generated == answer.reference for answer in answers) / len(answers)}
     if format_pattern is not None:
         pattern = re.compile(format_pattern, re.DOTALL)
-        metrics["eval/format_validity"] = sum(pattern.fullmatch(answer.generated) is not None for answer in answers) / len(answers)
+        metrics["eval/format_validity"] = sum(pattern.fullmatch(answer.generated) is not None for answer in answers) / len(
+            answers
+        )
     return metrics
 
 
 def evaluate_rows(
     base: ResidentBase,
-    tokenizer: PreTrainedTokenizerBase,
     renderer: Renderer,
     rows: Sequence[Row],
     evaluation: EvaluationSpec,
@@ -55,6 +55,6 @@ def evaluate_rows(
     examples = [renderer.render(row) for row in rows]
     metrics = measure(base, examples, ROWS_PER_PASS).metrics(renderer.target_bytes(examples))
     if evaluation.generate:
-        answers = answer_rows(base, tokenizer, renderer, rows[: evaluation.generate], evaluation.max_new_tokens)
+        answers = answer_rows(base, renderer, rows[: evaluation.generate], evaluation.max_new_tokens)
         metrics |= answer_metrics(answers, evaluation.format_pattern)
     return metrics

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from infra.launch import Handle, Launcher, Resources
 from infra.services import Services
+
+from infra.launch import Handle, Launcher, Resources
 from workers.host_task import HostTask
 from workers.job import Job
 from workers.report import Admit, Checkpointed, Decision, Evict, Finished, JobEvent, Shutdown

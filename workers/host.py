@@ -110,7 +110,6 @@ class EngineHost:
         if isinstance(begun, Finished):
             self._events.append(begun)
             return
-        begun.lease.start_renewing()
         self._guarded(begun, lambda: self._take_seat(job, begun))
 
     def _take_seat(self, job: Job, attempt: Attempt) -> None:
@@ -218,7 +217,7 @@ class EngineHost:
         base = seat.training.base
         base.switch(seat.training.bank.factors)
         rows = seat.validation[: evaluation.generate]
-        answers = answer_rows(base, seat.renderer.tokenizer, seat.renderer, rows, evaluation.max_new_tokens)
+        answers = answer_rows(base, seat.renderer, rows, evaluation.max_new_tokens)
         base.switch({})
         return answer_metrics(answers, evaluation.format_pattern)
 
@@ -260,30 +259,30 @@ class EngineHost:
 
         Store and claim failures end it here without a word in the state: the next epoch goes on from the last checkpoint.
         """
-        job_id = attempt.job.job_id
         try:
             work()
         except ClaimLost as lost:
-            self._drop(job_id, f"claim_lost: {lost}")
+            self._drop(attempt, f"claim_lost: {lost}")
         except BadInput as error:
             self._fail(attempt, f"bad_input: {error}")
         except torch.OutOfMemoryError:
             self._fail(attempt, "out_of_memory: the job does not fit; lower per_device_train_batch_size, max_length or r.")
         except ServiceUnavailable as error:
-            self._drop(job_id, f"store: {error}")
+            self._drop(attempt, f"store: {error}")
         except Exception as error:  # a defect of ours or of a library must not take the host's other jobs with it
-            log.exception("job %s failed", job_id)
+            log.exception("job %s failed", attempt.job.job_id)
             self._fail(attempt, f"error: {type(error).__name__}: {error}")
 
     def _fail(self, attempt: Attempt, reason: str) -> None:
         try:
             self._events.append(attempt.end("failed", reason))
         except LorafleetError as error:
-            self._drop(attempt.job.job_id, f"{reason} (and it could not be recorded: {error})")
+            self._drop(attempt, f"{reason} (and it could not be recorded: {error})")
         self._seat = None
 
-    def _drop(self, job_id: str, reason: str) -> None:
-        self._events.append(Finished(job_id, "failed", reason))
+    def _drop(self, attempt: Attempt, reason: str) -> None:
+        attempt.close()
+        self._events.append(Finished(attempt.job.job_id, "failed", reason))
         self._seat = None
 
 

@@ -87,7 +87,7 @@ def pin(
     test: DataRef | None,
     init_adapter_id: str | None,
 ) -> Job:
-    """Make the job of pinned inputs. The id covers all that alters the result: not task, names, paths or priority, not test data."""
+    """Make the job of pinned inputs. Its id covers all that alters the result: not task, names, paths, priority or test data."""
     identity = {
         "numerics": NUMERICS_VERSION,
         "tenant": spec.tenant,

@@ -11,11 +11,11 @@ from pathlib import Path
 from infra.errors import BadInput, WrongBase
 from infra.storage import Storage
 from workers.bases import add_base, find_base
+from workers.data.contract import prompt_contract
 from workers.data.render import Renderer
 from workers.data.rows import Row
-from workers.data.sources import Splits, load_splits
+from workers.data.splits import Splits, load_splits
 from workers.data.store import save_rows
-from workers.data.template import prompt_contract
 from workers.data.tokenizer import load_tokenizer
 from workers.identity import BaseIdentity, identify, training_view
 from workers.job import BaseRef, DataRef, Job, pin

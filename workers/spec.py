@@ -18,17 +18,13 @@ TARGET_PRESETS = ("attention", "mlp", "all-linear")
 def check_name(name: str) -> str:
     """Return `name` if it may become part of a key; raise ValueError with the rule otherwise."""
     if NAME_PATTERN.fullmatch(name) is None:
-        raise ValueError(
-            f"{name[:80]!r} is not a name; use 1 to 63 characters of a-z, 0-9 and '-', the first a letter or digit"
-        )
+        raise ValueError(f"{name[:80]!r} is not a name; use 1 to 63 characters of a-z, 0-9 and '-', the first a letter or digit")
     return name
 
 
 def _check_module_name(name: str) -> str:
     if re.fullmatch(r"[A-Za-z0-9_.]+", name) is None:
-        raise ValueError(
-            f"{name!r} is not a module name; list plain names such as q_proj (regular expressions are not taken)"
-        )
+        raise ValueError(f"{name!r} is not a module name; list plain names such as q_proj (regular expressions are not taken)")
     return name
 
 
@@ -36,6 +32,7 @@ Name = Annotated[str, AfterValidator(check_name)]
 ModuleName = Annotated[str, AfterValidator(_check_module_name)]
 Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference", "classification"]
 
 
 class QuantizationSpec(StrictModel):
@@ -61,10 +58,8 @@ class DataSpec(StrictModel):
 
     train: str = Field(min_length=1, description="Training rows.")
     validation: str | None = Field(None, description="Validation rows; None: from the folder, a split, or none.")
-    test: str | None = Field(None, description="Test rows, read once for gates and the final report; None: from the folder or none.")
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference", "classification"] = Field(
-        "auto", description="Form of the rows; auto detects and checks it."
-    )
+    test: str | None = Field(None, description="Test rows, read once for gates and the final report; None: as validation.")
+    format: DataFormat = Field("auto", description="Form of the rows; auto detects and checks it.")
     validation_split: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(
         0.0, description="Share of train rows, chosen by row hash, that becomes validation when there is none."
     )
@@ -90,7 +85,7 @@ class TrainingSpec(StrictModel):
     """How to train, in the words of transformers' TrainingArguments and TRL."""
 
     learning_rate: Annotated[float, Field(gt=0)] = Field(2.0e-4, description="Peak learning rate of AdamW.")
-    num_train_epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the rows; ignored when max_steps is set.")
+    num_train_epochs: Annotated[float, Field(gt=0)] = Field(1.0, description="Passes over the rows, unless max_steps is set.")
     max_steps: Positive | None = Field(None, description="Optimiser steps; None: from num_train_epochs.")
     per_device_train_batch_size: Positive = Field(8, description="Rows of one forward and backward.")
     gradient_accumulation_steps: Positive = Field(1, description="Forward and backward passes per optimiser step.")
@@ -102,22 +97,26 @@ class TrainingSpec(StrictModel):
     adam_beta1: Ratio = Field(0.9, description="AdamW beta 1.")
     adam_beta2: Ratio = Field(0.999, description="AdamW beta 2.")
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW epsilon.")
-    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Clip the adapter's gradient to this norm; 0 does not clip.")
+    max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Clip the gradient to this norm; 0 does not clip.")
     max_length: Positive = Field(1024, description="Tokens of a row; longer rows are cut on the right.")
     eval_steps: Positive | None = Field(None, description="Steps between evaluations; None: at the end only.")
     checkpoint_steps: Positive | None = Field(None, description="Steps between checkpoints; None: at every evaluation.")
-    early_stopping_patience: Positive | None = Field(None, description="Stop after so many evaluations without a better loss; None never.")
-    keep: Literal["best", "last"] = Field("best", description="Which weights become the adapter: best by validation loss, or the last.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+    early_stopping_patience: Positive | None = Field(
+        None, description="Evaluations without a better loss before the job stops; None never."
+    )
+    keep: Literal["best", "last"] = Field(
+        "best", description="Which weights become the adapter: best by validation loss, or last."
+    )
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass, to save memory.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Seed of initial weights, row order and dropout.")
 
 
 class EvaluationSpec(StrictModel):
     """What is measured beside the loss."""
 
-    generate: Annotated[int, Field(ge=0)] = Field(0, description="Rows to generate answers for (exact match, format validity).")
+    generate: Annotated[int, Field(ge=0)] = Field(0, description="Rows to generate for (exact match, format validity).")
     max_new_tokens: Positive = Field(64, description="Tokens of a generated answer at most.")
-    format_pattern: str | None = Field(None, description="Regular expression that a whole answer should match; None measures none.")
+    format_pattern: str | None = Field(None, description="Regular expression that a whole answer should match.")
 
     @model_validator(mode="after")
     def _pattern_compiles(self) -> "EvaluationSpec":

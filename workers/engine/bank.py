@@ -24,7 +24,7 @@ class _Place:
 
 
 class Bank:
-    """Weights, gradients and Adam's two moments of one adapter; vectors of `num_parameters`, float32 unless a proof asks for more."""
+    """Weights, gradients and Adam's two moments of one adapter; vectors of `num_parameters`, float32 unless told otherwise."""
 
     def __init__(
         self,

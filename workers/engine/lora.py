@@ -44,11 +44,11 @@ class LoraLinear(nn.Module):
 
     @property
     def in_features(self) -> int:
-        return int(self.base.weight.shape[0] if isinstance(self.base, Conv1D) else self.base.weight.shape[1])  # type: ignore[union-attr,index]
+        return int(self.base.weight.shape[0] if isinstance(self.base, Conv1D) else self.base.weight.shape[1])  # type: ignore[index]
 
     @property
     def out_features(self) -> int:
-        return int(self.base.weight.shape[1] if isinstance(self.base, Conv1D) else self.base.weight.shape[0])  # type: ignore[union-attr,index]
+        return int(self.base.weight.shape[1] if isinstance(self.base, Conv1D) else self.base.weight.shape[0])  # type: ignore[index]
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., I] to [..., O]."""

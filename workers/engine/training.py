@@ -147,7 +147,7 @@ class Training:
             set_dropout_key(self.base.layers, DropoutKey(self.training.seed, self.step, index))
             with sequences_of(stream.lengths), self.base.recomputing(self.training.gradient_checkpointing):
                 loss = self.base.loss_sum(stream)
-                (loss / denominator).backward()  # type: ignore[no-untyped-call]
+                (loss / denominator).backward()
             loss_sum += float(loss.detach())
         set_dropout_key(self.base.layers, None)
         self.base.switch({})
