@@ -6,8 +6,10 @@ is created under a file lock, since MLflow's own creation is not safe for two pr
 """
 
 import fcntl
+import importlib
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +123,7 @@ class Mlflow:
         database.parent.mkdir(parents=True, exist_ok=True)
         with database.with_name(f"{database.name}.lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
+            _configure_models()
             client = MlflowClient(self._tracking_uri, registry_uri=self._tracking_uri)
             client.search_experiments(max_results=1)
             client.search_registered_models(max_results=1)
@@ -178,6 +181,16 @@ def quoted(value: str) -> str:
     if "'" in value or "\\" in value:
         raise BadInput(f"{value!r} cannot be searched for in MLflow; leave out quotes and backslashes.")
     return f"'{value}'"
+
+
+def _configure_models() -> None:
+    """Have SQLAlchemy set up MLflow's tables now, without the deprecation that MLflow 3.17 causes there (elsewhere an error)."""
+    import sqlalchemy.orm
+
+    importlib.import_module("mlflow.store.db.utils")  # brings all tables; not needed for a server
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The ``noload`` loader strategy", category=DeprecationWarning)
+        sqlalchemy.orm.configure_mappers()
 
 
 def _database_of(tracking_uri: str, shown: str) -> Path | None:
