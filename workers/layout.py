@@ -26,6 +26,10 @@ def base_files(base_id: str) -> str:
     return f"bases/{_id(base_id)}/files/"
 
 
+def tenants() -> str:
+    return "tenants/"
+
+
 def tenant(tenant: str) -> str:
     return f"tenants/{_name(tenant)}/"
 
@@ -64,6 +68,15 @@ def manifests(tenant_: str, base_id: str) -> str:
 
 def manifest(tenant_: str, base_id: str, adapter_id: str) -> str:
     return f"{manifests(tenant_, base_id)}{_id(adapter_id)}.json"
+
+
+def parts_of_manifest(key: str) -> tuple[str, str, str] | None:
+    """Return (tenant, base_id, adapter_id) of a manifest's key, None for any other key."""
+    match key.split("/"):
+        case ["tenants", tenant_, base_id, "manifests", file] if is_id(base_id) and is_id(file.removesuffix(".json")):
+            return tenant_, base_id, file.removesuffix(".json")
+        case _:
+            return None
 
 
 def evidence(tenant_: str, adapter_id: str, digest: str) -> str:
