@@ -13,6 +13,9 @@ from infra.mlflow_tracking import MlflowTracker, mlflow_status
 from infra.tracking import OPEN_STATUSES, LocalTracker, Point, RunStart, Tracker
 from tests.contracts.mlflow_server import mlflow_server  # noqa: F401
 
+# MLflow 3.17 sets up its tables with a loader that SQLAlchemy 2.1 deprecates; here tests open databases themselves.
+pytestmark = pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy:DeprecationWarning")
+
 
 @dataclass
 class Seen:
