@@ -5,6 +5,7 @@ They work on the ledger alone, whether or not a driver is alive.
 
 import time
 from collections.abc import Callable
+from typing import Any
 
 from infra.claims import read_document
 from infra.errors import BadInput
@@ -27,7 +28,7 @@ def status(store: Storage, tenant: str, name: str) -> SweepView:
     spec = read_spec(store, tenant, name)
     trials = read_trials(store, tenant, name)
     found = read_document(store, layout.sweep_claim(tenant, name), CLAIM_FORMAT)
-    body = found[2] if found else {"seconds": 0.0, "status": "running"}
+    body: dict[str, Any] = found.body if found else {"seconds": 0.0, "status": "running"}
     return view_of(tenant, spec, body["status"], trials, body["seconds"])
 
 

@@ -115,4 +115,4 @@ class Projection:
 def _kept(trial: Trial) -> list[Point]:
     """The metrics of the weights that were kept, which are not always the last ones measured."""
     time_ms = round((trial.ended or trial.started) * 1000)
-    return [Point(f"kept/{metric}", value, trial.best_step, time_ms) for metric, value in trial.metrics.items()]
+    return [Point(f"kept/{metric}", value, trial.best_step, time_ms) for metric, value in sorted(trial.metrics.items())]

@@ -4,7 +4,7 @@ One driver per sweep; the same call goes on where a driver before was killed. Ea
 effect outside: a trial before its job is submitted, a report before it may prune, an end before anybody hears of it.
 """
 
-import logging
+import contextlib
 import math
 import time
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from infra.claims import Lease, Owner, claim
 from infra.crashpoints import crashpoint
-from infra.errors import BadInput, ClaimHeld
+from infra.errors import BadInput, ClaimHeld, ClaimLost, LorafleetError
 from infra.storage import Storage
 from infra.tracking import Tracker
 from infra.tracking_log import TrackingLog
@@ -31,7 +31,6 @@ from workers.metrics_log import decode_points
 from workers.report import Checkpointed, Evaluated, Finished, JobEvent, Progress
 from workers.spec import JobSpec
 
-log = logging.getLogger(__name__)
 CLAIM_FORMAT = "sweep-claim/1"
 
 
@@ -90,7 +89,7 @@ def run_sweep(spec: SweepSpec, around: Surroundings) -> SweepResult:
     """Drive a sweep until its totals are reached, and return what it found.
 
     Raises BadInput if another sweep was started under this name, ClaimHeld while another process drives it, ClaimLost
-    if another took over. KeyboardInterrupt checkpoints the live jobs and is raised again; the same call then goes on.
+    if another took over. Whatever is raised, KeyboardInterrupt too, the live jobs are checkpointed and the same call goes on.
     """
     job = around.resolve(spec.base_job)
     header = pin_sweep(around.store, spec, job, around.clock())
@@ -107,9 +106,8 @@ def run_sweep(spec: SweepSpec, around: Surroundings) -> SweepResult:
                     break
                 for event in around.fleet.events(around.wait_seconds):
                     driver.take(event)
-        except KeyboardInterrupt:
-            driver.preempt("interrupted")
-            driver.conclude()
+        except BaseException as error:
+            driver.abandon(error)
             raise
         return driver.conclude()
 
@@ -145,8 +143,10 @@ class _Driver:
     _progress: dict[int, Progress] = field(default_factory=dict)
     _numbers: dict[str, int] = field(default_factory=dict)
     """Trials whose job was submitted here and has not ended, by job."""
-    _stop: tuple[str, str] | None = None
-    """Status and reason, once no further trial is to be asked for."""
+    _preempted: str | None = None
+    """Why this driver ends before its time."""
+    _limit: tuple[str, str] | None = None
+    """Status and reason, while a limit forbids to ask for more trials."""
     _asked_last: float = -math.inf
 
     def __post_init__(self) -> None:
@@ -190,13 +190,12 @@ class _Driver:
         """Hand the state of things to whoever watches."""
         spec = self.settings.applied_to(self.header.spec)
         trials = list(self.ledger.trials.values())
-        status = self._stop[0] if self._stop else "running"
+        status = "running" if self._preempted is None else "preempted"
         self.around.on_change(view_of(self.header.tenant, spec, status, trials, self.seconds, self._progress, self.notes))
 
     def is_done(self) -> bool:
         """Tell whether nothing lives (here) and nothing more is wanted."""
-        preempted = self._stop is not None and self._stop[0] == "preempted"
-        return preempted or (not self.ledger.live() and not self._wants_more())
+        return self._preempted is not None or (not self.ledger.live() and not self._wants_more())
 
     def take(self, event: JobEvent) -> None:
         """Act on what the fleet tells of a job of ours."""
@@ -215,13 +214,25 @@ class _Driver:
 
     def preempt(self, reason: str) -> None:
         """Checkpoint what lives and ask for nothing more; the ledger keeps it as running, for the next driver."""
-        self._stop = ("preempted", reason)
+        self._preempted = reason
         self.around.fleet.close(preempt=True)
         self.ledger.forget_stop()
 
+    def abandon(self, error: BaseException) -> None:
+        """Leave everything so that the same call goes on, as far as that is possible still."""
+        if isinstance(error, ClaimLost):
+            self.around.fleet.close(preempt=True)
+            return
+        # A store that does not answer must not hide the error that is on its way up.
+        with contextlib.suppress(LorafleetError):
+            self.preempt("interrupted" if isinstance(error, KeyboardInterrupt) else type(error).__name__)
+            self.conclude()
+
     def conclude(self) -> SweepResult:
         """Say how far the sweep came, to the tracker too, and let go of it."""
-        status, reason = self._stop or ("complete", "")
+        status, reason = self._limit or ("complete", "")
+        if self._preempted is not None:
+            status, reason = "preempted", self._preempted
         self.projection.end(f"{status}({reason})" if reason else status)
         self.lease.release({"seconds": self.seconds, "status": status})
         trials = list(self.ledger.trials.values())
@@ -256,10 +267,10 @@ class _Driver:
 
     def _wants_more(self) -> bool:
         total = min(self.settings.num_trials, self._grid_points or self.settings.num_trials)
-        if self._stop is not None or len(self.ledger.trials) >= total:
+        if self._preempted is not None or len(self.ledger.trials) >= total:
             return False
-        self._stop = self._limit_reached()
-        return self._stop is None
+        self._limit = self._limit_reached()
+        return self._limit is None
 
     def _limit_reached(self) -> tuple[str, str] | None:
         num_failed = sum(trial.status == "failed" for trial in self.ledger.trials.values())
@@ -278,7 +289,7 @@ class _Driver:
         """Ask for a trial, record it, and have its job trained unless that is or was done by an earlier trial."""
         params = self.study.ask(len(self.ledger.trials))
         try:
-            job = self.around.resolve(apply(self.header.spec.base_job, params))
+            job = self.around.resolve(apply(self.spec.base_job, params))
         except BadInput as error:
             self._after_end(self.ledger.start_infeasible(params, f"bad_input: {error}"), is_new=True)
             return
@@ -288,7 +299,7 @@ class _Driver:
         self._go_on(trial, job)
 
     def _resume(self, trial: Trial) -> None:
-        job = self.around.resolve(apply(self.header.spec.base_job, trial.params))
+        job = self.around.resolve(apply(self.spec.base_job, trial.params))
         if job.job_id != trial.job_id:
             raise BadInput(
                 f"Trial {trial.number} of the sweep '{self.header.spec.name}' was job {trial.job_id}, and would now be "
@@ -328,7 +339,7 @@ class _Driver:
         del self._numbers[event.job_id]
         self._progress.pop(number, None)
         if event.status == "preempted":
-            self._stop = ("preempted", "its jobs were preempted")
+            self.preempt("its jobs were preempted")
             return
         outcome = outcome_of_job(event, self.spec.objectives, condemned=self.study.is_condemned(number))
         self._after_end(self.ledger.end(number, outcome))
