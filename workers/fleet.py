@@ -166,8 +166,8 @@ class HostFleet:
         self._launcher.close()
 
     def host_processes(self) -> list[int]:
-        """Process ids of the live hosts, where the launcher knows them (fault tests kill them)."""
-        return [pid for seat in self._hosts if (pid := seat.handle.process_id) is not None]
+        """Process ids of the live hosts that have started (fault tests kill them)."""
+        return [place.pid for seat in self._hosts if (place := seat.handle.place) is not None]
 
     def _preempt(self) -> None:
         for seat in self._hosts:

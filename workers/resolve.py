@@ -63,9 +63,9 @@ class Resolver:
         data = self._data_of(spec, base)
         return pin(spec, base.ref, data.train, data.validation, data.test, init_adapter_id)
 
-    def rows(self, spec: JobSpec) -> Splits:
-        """Return the rows a spec trains, validates and tests on."""
-        return self._data_of(spec, self._base(spec.base_model)).splits
+    def read(self, spec: JobSpec) -> tuple[Splits, Renderer]:
+        """Return the rows of a spec and what renders them, without storing or checking anything."""
+        return load_splits(spec.data, self.folder), self.renderer(spec)
 
     def identity(self, spec: JobSpec) -> BaseIdentity:
         """Return the identity of a spec's base."""

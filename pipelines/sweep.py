@@ -1,0 +1,160 @@
+"""`lorafleet sweep ...`: run a sweep from its file, register what it found, write its report; look at it and change it from elsewhere."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from sweeps.report import write_report
+
+from infra.crashpoints import crashpoint
+from infra.errors import BadInput
+from pipelines.files import load_sweep
+from pipelines.promote import register_best
+from pipelines.workspace import Tracking, Workspace
+from sweeps.ledger import read_header, read_trials
+from sweeps.projection import sweep_key, trial_key
+from sweeps.run import Surroundings, SweepResult, run_sweep
+from sweeps.spec import SweepSpec
+from sweeps.study import StudyMirror, no_mirror
+from sweeps.view import SweepView
+from workers import layout
+from workers.job import Job
+
+
+@dataclass(frozen=True)
+class SweepOutcome:
+    """What a sweep found and where it lies."""
+
+    result: SweepResult
+    registered: str | None
+    """Reference of the registered best, "acme.support@challenger"; None if nothing was registered."""
+    report: Path | None
+    notes: tuple[str, ...]
+    num_unshipped: int
+
+
+def run(
+    workspace: Workspace, path: Path, overrides: Sequence[str] = (), on_change: Callable[[SweepView], None] = lambda view: None
+) -> SweepOutcome:
+    """Start the sweep of a file, or go on with it: the same command does both."""
+    spec, _, folder = load_sweep(path, overrides)
+    return run_spec(workspace, spec, folder, on_change)
+
+
+def run_spec(
+    workspace: Workspace, spec: SweepSpec, folder: Path, on_change: Callable[[SweepView], None] = lambda view: None
+) -> SweepOutcome:
+    """Run a sweep whose paths start at `folder`. Everything wrong is found before a host is started."""
+    workspace.services.check_at_start()
+    resolver = workspace.resolver(folder)
+    job = resolver.resolve(spec.base_job)
+    _check_register(spec)
+    with workspace.tracking(f"sweep-{job.tenant}-{spec.name}") as tracking:
+        fleet = workspace.fleet(num_threads=job.spec.resources.num_threads, max_hosts=spec.max_concurrent)
+        try:
+            result = run_sweep(
+                spec,
+                Surroundings(
+                    store=workspace.store,
+                    fleet=fleet,
+                    resolve=resolver.resolve,
+                    tracking_log=tracking.log,
+                    tracker=workspace.services.tracker(),
+                    owner=workspace.owner,
+                    lease_seconds=workspace.settings.lease_seconds,
+                    on_change=on_change,
+                    mirror=_mirror(workspace, spec),
+                ),
+            )
+        finally:
+            fleet.close(preempt=True)
+        registered, note = _register(workspace, spec, result, job, tracking)
+        report = _report(workspace, result, tracking)
+    notes = (*resolver.notes, *result.notes, *([note] if note else []))
+    return SweepOutcome(result, registered, report, notes, tracking.num_left)
+
+
+def resume(workspace: Workspace, reference: str, on_change: Callable[[SweepView], None] = lambda view: None) -> SweepOutcome:
+    """Go on with a sweep by its name, from what the store keeps of it; relative paths start at the current directory."""
+    tenant, name = find_sweep(workspace, reference)
+    header = read_header(workspace.store, tenant, name)
+    return run_spec(workspace, header.spec, Path.cwd(), on_change)
+
+
+def find_sweep(workspace: Workspace, reference: str) -> tuple[str, str]:
+    """Return (tenant, name) of a sweep written as its file, "tenant/name", or a name that one tenant alone has."""
+    if reference.endswith((".yaml", ".yml")):
+        spec, job, _ = load_sweep(Path(reference))
+        return job.tenant, spec.name
+    tenant, _, name = reference.partition("/")
+    if name and workspace.store.head(layout.sweep_spec(tenant, name)) is not None:
+        return tenant, name
+    known = list_sweeps(workspace)
+    matches = [pair for pair in known if reference in (pair[1], "/".join(pair))]
+    if len(matches) == 1:
+        return matches[0]
+    if matches:
+        choices = ", ".join("/".join(pair) for pair in matches)
+        raise BadInput(f"'{reference[:80]}' names several sweeps; write one of: {choices}.")
+    there = ", ".join("/".join(pair) for pair in known[:10]) or "none yet"
+    raise BadInput(f"there is no sweep '{reference[:80]}' in the store {workspace.store.uri}; there is: {there}.")
+
+
+def list_sweeps(workspace: Workspace) -> list[tuple[str, str]]:
+    """Return (tenant, name) of every sweep in the store."""
+    found = []
+    for info in workspace.store.list("tenants/"):
+        parts = info.key.split("/")
+        if len(parts) == 5 and parts[2] == "sweeps" and parts[4] == "sweep.json":
+            found.append((parts[1], parts[3]))
+    return found
+
+
+def report_of(workspace: Workspace, tenant: str, name: str) -> Path:
+    """Write the report of a sweep, however far it is, and return its path."""
+    folder = workspace.settings.home / "reports"
+    folder.mkdir(parents=True, exist_ok=True)
+    header = read_header(workspace.store, tenant, name)
+    return write_report(header, read_trials(workspace.store, tenant, name), folder / f"{tenant}-{name}.html")
+
+
+def _report(workspace: Workspace, result: SweepResult, tracking: Tracking) -> Path:
+    path = report_of(workspace, result.tenant, result.name)
+    tracking.log.file(sweep_key(result.tenant, result.name), path, "report")
+    return path
+
+
+def _check_register(spec: SweepSpec) -> None:
+    """Names are checked before anything runs, so that a finished sweep can be registered."""
+    if spec.register is not None:
+        layout.model(spec.base_job.tenant, spec.register.task)
+
+
+def _mirror(workspace: Workspace, spec: SweepSpec) -> Callable[..., None]:
+    storage = workspace.settings.study_storage
+    return StudyMirror(storage, spec) if storage is not None else no_mirror
+
+
+def _register(
+    workspace: Workspace, spec: SweepSpec, result: SweepResult, job: Job, tracking: Tracking
+) -> tuple[str | None, str | None]:
+    """Offer the best adapter to the task, with its evidence; return its reference and what a person should know."""
+    best = result.best
+    if spec.register is None or best is None or best.adapter_id is None or result.status == "preempted":
+        return None, None
+    tracking.drain()
+    outcome = register_best(
+        workspace.store,
+        workspace.services.registry(),
+        tenant=result.tenant,
+        task=spec.register.task,
+        adapter_id=best.adapter_id,
+        base_id=job.base.base_id,
+        job_id=best.job_id,
+        sweep=result.name,
+        metrics=best.metrics,
+        alias=spec.register.alias,
+        run_id=workspace.services.tracker().run_id(trial_key(result.tenant, result.name, best.number)),
+    )
+    crashpoint("sweep-registered", best.adapter_id)
+    return f"{result.tenant}.{spec.register.task}@{spec.register.alias}", outcome.note

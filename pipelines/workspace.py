@@ -1,0 +1,86 @@
+"""What every command works in: settings, services, and the directory a person stands in."""
+
+import getpass
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from infra.logs import set_up_logs
+from infra.services import Services
+from infra.settings import Settings, load_settings
+
+from infra.claims import Owner
+from infra.storage import Storage
+from infra.tracking_log import Shipper, TrackingLog
+from pipelines.references import find_reference
+from workers.fleet import HostFleet
+from workers.resolve import Resolver
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """Settings as found from where the person stands, and what they open. Nothing is opened before it is used."""
+
+    settings: Settings
+
+    @staticmethod
+    def here() -> "Workspace":
+        """Find the settings for the current directory; logs go to the home's log file from now on."""
+        settings = load_settings()
+        set_up_logs(settings.home)
+        return Workspace(settings)
+
+    @cached_property
+    def services(self) -> Services:
+        return Services(self.settings)
+
+    @property
+    def store(self) -> Storage:
+        return self.services.store
+
+    @property
+    def actor(self) -> str:
+        """Who acts, for the journal."""
+        return getpass.getuser()
+
+    @cached_property
+    def owner(self) -> Owner:
+        return Owner.here()
+
+    def resolver(self, folder: Path) -> Resolver:
+        """Return what pins job specs whose paths start at `folder`."""
+
+        def find(tenant: str, reference: str) -> tuple[str, str]:
+            found = find_reference(self.store, reference, tenant)
+            return found.base_id, found.adapter_id
+
+        return Resolver(self.store, folder, self.services.cache_dir, find)
+
+    def fleet(self, num_threads: int = 1, max_hosts: int | None = None) -> HostFleet:
+        """Start the launcher and a fleet over it. Close the fleet to stop both."""
+        return HostFleet(self.services, self.services.launcher(), num_threads=num_threads, max_hosts=max_hosts)
+
+    def tracking(self, name: str) -> "Tracking":
+        """Open the local tracking log `name` and the shipper that replays it."""
+        return Tracking(self, name)
+
+
+class Tracking:
+    """A tracking log with its shipper, as a context: what could not be shipped at the end stays for the next time."""
+
+    def __init__(self, workspace: Workspace, name: str) -> None:
+        self._workspace = workspace
+        self.log = TrackingLog(workspace.settings.home / "tracking" / f"{name}.jsonl")
+        self.num_left = 0
+
+    def __enter__(self) -> "Tracking":
+        self._shipper = Shipper(self.log, self._workspace.services.tracker())
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.num_left = self._shipper.close(timeout_seconds=30.0)
+        self.log.close()
+
+    def drain(self) -> int:
+        """Wait until everything logged so far is in the tracker; return the number of events that are not."""
+        return self._shipper.drain()
