@@ -11,6 +11,7 @@ are off: several S3 servers reject them or store them as content.
 
 import base64
 import email.utils
+import functools
 import hashlib
 import os
 import random
@@ -23,6 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 import boto3.session
+import botocore.session
 from botocore import exceptions as boto_errors
 from botocore.config import Config
 from s3transfer.exceptions import RetriesExceededError
@@ -31,6 +33,7 @@ from s3transfer.manager import TransferConfig, TransferManager
 from infra.errors import BadInput, ConditionFailed, LorafleetError, ObjectNotFound, ServiceUnavailable, WorkFailed
 from infra.fingerprint import sha256_hex, sha256_of_file
 from infra.local_storage import whole_file
+from infra.s3_answers import MISSING_CODES, PASSING_CODES, PASSING_STATUSES, REASONS, is_torn
 from infra.storage import ObjectInfo, check_key, check_prefix
 
 BUCKET_PATTERN = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -43,28 +46,6 @@ MAX_PAUSE_SECONDS = 5.0
 MULTIPART_BYTES = 64 << 20
 MAX_CONNECTIONS = 32
 
-PASSING_CODES = {
-    "SlowDown",
-    "InternalError",
-    "RequestTimeout",
-    "IncompleteBody",
-    "OperationAborted",
-    "ConditionalRequestConflict",
-}
-MISSING_CODES = {"NoSuchKey", "NotFound", "404"}
-_CREDENTIALS = "refuses these credentials ({code}); correct or renew them"
-_PERMISSION = (
-    "gives these credentials no permission to {verb} '{key}' ({code}); grant them s3:GetObject, s3:PutObject, "
-    "s3:DeleteObject and s3:ListBucket, or use others"
-)
-_REGION = "lies in another region; set AWS_REGION to it"
-REASONS = {
-    "NoSuchBucket": "names a bucket that does not exist; create it or name another",
-    **dict.fromkeys(("InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "ExpiredToken", "401"), _CREDENTIALS),
-    **dict.fromkeys(("AccessDenied", "AllAccessDisabled", "AccountProblem", "Forbidden", "403"), _PERMISSION),
-    **dict.fromkeys(("PermanentRedirect", "AuthorizationHeaderMalformed", "301"), _REGION),
-}
-"""What a server's error code says about name and rights, and the way out."""
 NEEDS_CREDENTIALS = (boto_errors.NoCredentialsError, boto_errors.PartialCredentialsError, boto_errors.ProfileNotFound)
 FAILURES = (boto_errors.BotoCoreError, boto_errors.ClientError, RetriesExceededError)
 """All that botocore and s3transfer raise; the first has sub-classes for every way a connection can fail."""
@@ -119,10 +100,11 @@ class S3Storage:
     def head(self, key: str) -> ObjectInfo | None:
         """Return what is known of `key`, None if there is no such object."""
         try:
-            answer = self._request(key, "read", "head_object", **self._address(key))
+            info = self._head(key)
+            # Headers may be torn away where no body follows that would show it: a missing digest is asked for again.
+            return info if info.sha256 else self._head(key)
         except ObjectNotFound:
             return None
-        return _info_of_answer(key, answer)
 
     def get(self, key: str) -> tuple[bytes, ObjectInfo]:
         """Return the content, checked against its SHA-256. Raises ObjectNotFound."""
@@ -208,9 +190,11 @@ class S3Storage:
             response_checksum_validation="when_required",
             s3={"addressing_style": "path"} if self.endpoint_url else None,
         )
-        session = boto3.session.Session(region_name=self.region)
+        session = _new_session(self.region)
         region = session.region_name or ("us-east-1" if self.endpoint_url else None)
-        return session.client("s3", endpoint_url=self.endpoint_url, region_name=region, config=config)
+        client = session.client("s3", endpoint_url=self.endpoint_url, region_name=region, config=config)
+        client.meta.events.register("before-parse.s3", _count_torn_as_failed)
+        return client
 
     def _address(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + check_key(key)}
@@ -283,6 +267,9 @@ class S3Storage:
             return read()
         except WorkFailed:
             return read()
+
+    def _head(self, key: str) -> ObjectInfo:
+        return _info_of_answer(key, self._request(key, "read", "head_object", **self._address(key)))
 
     def _get(self, key: str) -> tuple[bytes, ObjectInfo]:
         def send(clients: _Clients) -> tuple[dict[str, Any], bytes]:
@@ -369,10 +356,28 @@ class _Patience:
         return True
 
 
+@functools.cache
+def _service_models() -> Any:
+    """botocore's descriptions of AWS, which take 0.3 s to read and are read once per process."""
+    return botocore.session.Session().get_component("data_loader")
+
+
+def _new_session(region: str | None) -> boto3.session.Session:
+    core = botocore.session.Session()
+    core.register_component("data_loader", _service_models())
+    return boto3.session.Session(region_name=region, botocore_session=core)
+
+
+def _count_torn_as_failed(operation_model: Any, response_dict: dict[str, Any], **_: Any) -> None:
+    """Turn a torn answer into a passing error before it is read, as botocore does with errors that came as a 200."""
+    if is_torn(operation_model.name, response_dict["status_code"], response_dict["headers"]):
+        response_dict.update(status_code=500, body=b"")
+
+
 def _is_passing(error: Exception) -> bool:
     """Tell whether the same request may succeed later."""
     if isinstance(error, boto_errors.ClientError):
-        return _status(error) >= 500 and _status(error) != 501 or _status(error) == 429 or _code(error) in PASSING_CODES
+        return _status(error) in PASSING_STATUSES or _code(error) in PASSING_CODES
     if isinstance(error, boto_errors.SSLError):
         return False
     passing = (boto_errors.ConnectionError, boto_errors.HTTPClientError, boto_errors.IncompleteReadError, RetriesExceededError)
@@ -417,11 +422,12 @@ def _base64_sha256(data: bytes) -> str:
 
 
 def _info_of_answer(key: str, answer: dict[str, Any]) -> ObjectInfo:
+    digest = answer["Metadata"].get("sha256", "")
     modified = answer["LastModified"].timestamp()
-    return ObjectInfo(key, answer["ContentLength"], answer["ETag"], modified, answer["Metadata"].get("sha256"))
+    return ObjectInfo(key, answer["ContentLength"], answer["ETag"], modified, digest if len(digest) == 64 else None)
 
 
 def _info_of_put(key: str, data: bytes, answer: dict[str, Any]) -> ObjectInfo:
-    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-    modified = email.utils.parsedate_to_datetime(date).timestamp() if date else time.time()
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+    modified = email.utils.parsedate_to_datetime(date).timestamp() if date.endswith("GMT") else time.time()
     return ObjectInfo(key, len(data), answer["ETag"], modified, sha256_hex(data))

@@ -50,7 +50,7 @@ class MlflowServer:
             self._process = None
 
     def _wait_until_it_answers(self) -> None:
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
             assert self._process is not None
             assert self._process.poll() is None, (self._folder / "server.log").read_text()

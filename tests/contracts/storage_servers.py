@@ -1,6 +1,7 @@
 """S3 servers for tests: started as processes on free loopback ports, ended with the session."""
 
 import contextlib
+import functools
 import importlib.util
 import os
 import shutil
@@ -12,6 +13,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import boto3.session
 import pytest
@@ -37,9 +39,13 @@ class S3Server:
     def new_bucket(self) -> str:
         """Create an empty bucket and return its name."""
         name = f"bucket-{uuid.uuid4().hex[:12]}"
-        session = boto3.session.Session(ACCESS_KEY, SECRET_KEY, region_name="us-east-1")
-        session.client("s3", endpoint_url=self.url).create_bucket(Bucket=name)
+        self.client.create_bucket(Bucket=name)
         return name
+
+    @functools.cached_property
+    def client(self) -> Any:
+        """A client of boto3, to do what the store under test would not."""
+        return boto3.session.Session(ACCESS_KEY, SECRET_KEY, region_name="us-east-1").client("s3", endpoint_url=self.url)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import boto3.session
 import pytest
 
 from infra.errors import BadInput, ConditionFailed, ObjectNotFound, ServiceUnavailable, WorkFailed
@@ -67,11 +66,10 @@ def damage_file(path: Path) -> None:
 
 
 def damage_s3(server: S3Server, bucket: str, key: str) -> None:
-    client = boto3.session.Session(region_name="us-east-1").client("s3", endpoint_url=server.url)
-    stored = client.get_object(Bucket=bucket, Key=key)
+    stored = server.client.get_object(Bucket=bucket, Key=key)
     content = bytearray(stored["Body"].read())
     content[len(content) // 2] ^= 1
-    client.put_object(Bucket=bucket, Key=key, Body=bytes(content), Metadata=stored["Metadata"])
+    server.client.put_object(Bucket=bucket, Key=key, Body=bytes(content), Metadata=stored["Metadata"])
 
 
 def test_what_was_put_is_read_back_with_its_digest(store: Storage) -> None:
