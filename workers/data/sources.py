@@ -7,6 +7,8 @@ into a folder of the caller's; relative paths start at the folder of the file th
 import difflib
 import fnmatch
 import glob
+import itertools
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,18 +71,31 @@ def _find_remote(uri: str, role: Role, workspace: Path, open_uri: OpenUri) -> li
     whole = is_folder(uri, workspace)
     parent, _, last = (uri, "", "") if whole else uri.rpartition("/")
     store = open_uri(parent)
-    names = [info.key for info in store.list("") if "/" not in info.key]
-    if whole:
-        chosen = _pick(names, role, uri)
-    else:
-        chosen = sorted(fnmatch.filter(names, last)) if glob.has_magic(last) else [name for name in names if name == last]
-        if not chosen:
-            raise BadInput(f"{uri} does not exist.{_hint(last, names)}")
+    chosen = _choose_objects(store, uri, role, None if whole else last)
     target = workspace / role
     target.mkdir(parents=True, exist_ok=True)
     for name in chosen:
         store.download(name, target / name)
     return [SourceFile(target / name, f"{parent}/{name}") for name in chosen]
+
+
+def _choose_objects(store: Storage, uri: str, role: Role, name: str | None) -> list[str]:
+    """Return the keys below `store` that are meant: by role where there is no `name`, else a name or a pattern."""
+    if name is None:
+        return _pick(_keys_in(store), role, uri)
+    if not glob.has_magic(name):
+        if store.head(name) is None:
+            raise BadInput(f"{uri} does not exist.{_hint(name, _keys_in(store, at_most=1000))}")
+        return [name]
+    chosen = sorted(fnmatch.filter(_keys_in(store, prefix=re.split(r"[*?\[]", name)[0]), name))
+    if not chosen:
+        raise BadInput(f"no object matches {uri}.{_hint('', _keys_in(store, at_most=1000))}")
+    return chosen
+
+
+def _keys_in(store: Storage, prefix: str = "", at_most: int | None = None) -> list[str]:
+    """Return the keys that lie directly in the store's own folder, looking at no more than `at_most` objects."""
+    return [info.key for info in itertools.islice(store.list(prefix), at_most) if "/" not in info.key]
 
 
 def _pick(names: Sequence[str], role: Role, where: str) -> list[str]:

@@ -11,6 +11,7 @@ import datetime
 import json
 import math
 import resource
+import signal
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -92,6 +93,8 @@ def render_conversation(
             before, after = rendered(number, prompt=True), rendered(number + 1)
             if not (after.startswith(before) and text.startswith(after)):
                 return {"unnested": number}
+            if before == after:
+                return {"problem": f"it writes nothing for message {number + 1}"}
             spans.append((len(before), len(after)))
     except Exception as error:  # a template may raise anything; it is told to the person whose row it is
         return {"problem": f"{str(error)[:300] or type(error).__name__}"}
@@ -111,6 +114,7 @@ def _answer(template: jinja2.Template, variables: Mapping[str, str], request: Ma
 
 def _serve() -> None:
     """Take the template and the limits on the first line, then answer each line of rows with a line of results."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose pipe ends this process
     start = json.loads(sys.stdin.readline())
     resource.setrlimit(resource.RLIMIT_AS, (start["memory_bytes"], start["memory_bytes"]))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
