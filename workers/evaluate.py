@@ -1,14 +1,21 @@
-"""What is measured on rows beside the loss: exact match and format validity of generated answers."""
+"""What is measured on rows: the losses, and exact match and format validity of generated answers."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
+from infra.errors import BadInput
+from workers.adapter import Adapter
 from workers.data.render import Renderer
 from workers.data.rows import Row
+from workers.data.tokenizer import load_tokenizer
 from workers.engine.generate import generate_answers
+from workers.engine.lora import Factors
 from workers.engine.resident import ResidentBase, measure
-from workers.spec import EvaluationSpec
+from workers.loading import load_model
+from workers.spec import BaseModelSpec, EvaluationSpec
 
 ROWS_PER_PASS = 16
 
@@ -52,9 +59,45 @@ def evaluate_rows(
     evaluation: EvaluationSpec,
 ) -> dict[str, float]:
     """Measure whatever adapter is switched in on all `rows`, generating for the first `evaluation.generate` of them."""
-    examples = [renderer.render(row) for row in rows]
+    examples = renderer.render_all(rows)
     metrics = measure(base, examples, ROWS_PER_PASS).metrics(renderer.target_bytes(examples))
     if evaluation.generate:
         answers = answer_rows(base, renderer, rows[: evaluation.generate], evaluation.max_new_tokens)
         metrics |= answer_metrics(answers, evaluation.format_pattern)
     return metrics
+
+
+class Bench:
+    """A base on which stored adapters are tried one after the other, in this process."""
+
+    def __init__(self, path: Path, spec: BaseModelSpec, max_length: int) -> None:
+        """Load the base of a folder; rows are cut at `max_length` tokens."""
+        self.base = ResidentBase(load_model(path, spec))
+        self.renderer = Renderer(load_tokenizer(path), max_length, context_length=self.base.context_length)
+
+    @contextmanager
+    def wearing(self, adapter: Adapter | None) -> Iterator[None]:
+        """Switch an adapter in (None: the plain base). Raises BadInput if it does not fit the model, tensor by tensor."""
+        self.base.switch({} if adapter is None else self._factors(adapter))
+        try:
+            yield
+        finally:
+            self.base.switch({})
+
+    def evaluate(self, adapter: Adapter | None, rows: Sequence[Row], evaluation: EvaluationSpec) -> dict[str, float]:
+        """Measure the base with an adapter on rows."""
+        with self.wearing(adapter):
+            return evaluate_rows(self.base, self.renderer, rows, evaluation)
+
+    def answers(self, adapter: Adapter | None, rows: Sequence[Row], max_new_tokens: int) -> list[Answer]:
+        """Generate an answer for the last turn of each row."""
+        with self.wearing(adapter):
+            return answer_rows(self.base, self.renderer, rows, max_new_tokens)
+
+    def _factors(self, adapter: Adapter) -> dict[str, Factors]:
+        for module in adapter.modules:
+            layer = self.base.layers.get(module)
+            a, b = adapter.factors(module)
+            if layer is None or a.shape[1] != layer.in_features or b.shape[0] != layer.out_features:
+                raise BadInput(f"the adapter's layer {module} does not fit this base; use the base it was trained on.")
+        return {module: Factors(*adapter.factors(module), adapter.scale(module)) for module in adapter.modules}
