@@ -131,7 +131,7 @@ class Mlflow:
 
     def _translated(self, error: MlflowException) -> ServiceUnavailable | MlflowRefused:
         if error.error_code in _FINAL_CODES:
-            reason = self._clean(error)
+            reason = self._clean(error).removeprefix(f"{error.error_code}: ")
             return MlflowRefused(f"MLflow at {self.uri} refused this: {reason}", error.error_code)
         return self._unavailable(error)
 
