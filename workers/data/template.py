@@ -34,7 +34,7 @@ _MEMORY_BYTES = 1 << 30
 _BATCH_CHARS = 4 << 20
 _BATCH_ROWS = 1000
 _MESSAGES_PER_CPU_SECOND = 2000
-"""A fifth of what the slowest published template tried here (Llama 3.1) renders on one core."""
+"""A guess, low on purpose: a batch is allowed its messages over this rate, in CPU seconds, on top of a fixed share."""
 
 
 @dataclass(frozen=True)
