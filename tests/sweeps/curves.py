@@ -1,7 +1,7 @@
 """A fleet whose jobs follow a formula instead of training: everything else of the contract it keeps, over kills too.
 
-A job's loss is a function of its spec and step. Between two steps of evaluation it writes how far it is and its chunk of points, as an
-attempt does, so that another process goes on from there. Every step that is executed leaves a line in `steps.log`.
+A job's loss is a function of its spec and step. Before every evaluation it writes how far it is and its chunk of points, as
+an attempt does, so that another process goes on from there. Every step that is executed leaves a line in `steps.log`.
 """
 
 import json
@@ -169,7 +169,9 @@ class Bench:
         self.store = LocalStorage(folder / "store")
         self.tracker = LocalTracker(folder / "tracker")
 
-    def drive(self, spec: SweepSpec, num_places: int = 1, fails=lambda job: None, resolve=resolve, **around: object) -> SweepResult:
+    def drive(
+        self, spec: SweepSpec, num_places: int = 1, fails=lambda job: None, resolve=resolve, **around: object
+    ) -> SweepResult:
         """Drive the sweep as one process would, ship what it tells, and return its result."""
         self.fleet = CurveFleet(self.folder / "fleet", self.store, num_places, fails)
         log = TrackingLog(self.folder / "tracking.jsonl")

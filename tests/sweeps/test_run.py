@@ -1,6 +1,5 @@
 """The driver, on a fleet that follows a formula: totals, ends, resumption, and what the tracker is told."""
 
-import dataclasses
 import os
 import signal
 import subprocess
@@ -20,14 +19,29 @@ from sweeps.trial import Trial
 from tests.sweeps.curves import LARGEST_R, Bench, loss_of, resolve, sweep
 from workers import layout
 
-DEFAULT = {"peft.r": 16, "alpha_over_r": 2, "peft.target_modules": "all-linear", "training.learning_rate": 2e-4, "peft.lora_dropout": 0.0}
+DEFAULT = {
+    "peft.r": 16,
+    "alpha_over_r": 2,
+    "peft.target_modules": "all-linear",
+    "training.learning_rate": 2e-4,
+    "peft.lora_dropout": 0.0,
+}
 FEASIBLE_R = {"peft.r": {"type": "categorical", "choices": [4, 8, 16]}}
 
 
 def facts(trials: list[Trial]) -> list[tuple]:
     """What of a trial must not depend on when and how often its sweep was interrupted."""
     return [
-        (trial.number, trial.params, trial.status, trial.reason, trial.values, trial.adapter_id, trial.reports, trial.duplicate_of)
+        (
+            trial.number,
+            trial.params,
+            trial.status,
+            trial.reason,
+            trial.values,
+            trial.adapter_id,
+            trial.reports,
+            trial.duplicate_of,
+        )
         for trial in trials
     ]
 
@@ -56,7 +70,9 @@ def test_point_that_makes_no_job_is_infeasible_with_its_reason_and_counts(tmp_pa
     space = {"peft.r": {"type": "categorical", "choices": [8, 64]}}
     result = bench.drive(sweep(num_trials=2, sampler={"type": "grid"}, space=space))
     assert result.counts == {"complete": 1, "infeasible": 1}
-    assert trials_of(bench)[1].reason == f"bad_input: r = 64 is larger than the layer q_proj ({LARGEST_R}); use {LARGEST_R} or less."
+    assert (
+        trials_of(bench)[1].reason == f"bad_input: r = 64 is larger than the layer q_proj ({LARGEST_R}); use {LARGEST_R} or less."
+    )
 
 
 def test_out_of_memory_is_infeasible_and_other_failures_are_failed(tmp_path: Path) -> None:
@@ -80,13 +96,17 @@ def test_missing_objective_names_the_metrics_there_are(tmp_path: Path) -> None:
 
 
 def test_pruner_that_never_sees_its_objective_is_noted_once(tmp_path: Path) -> None:
-    spec = sweep(num_trials=2, objective={"metric": "eval/accuracy"}, space=FEASIBLE_R, pruner={"type": "asha", "min_resource": 10})
+    spec = sweep(
+        num_trials=2, objective={"metric": "eval/accuracy"}, space=FEASIBLE_R, pruner={"type": "asha", "min_resource": 10}
+    )
     result = Bench(tmp_path).drive(spec)
     assert result.notes == ("The pruner has no effect: evaluations give eval/loss, not the objective eval/accuracy.",)
 
 
 def test_too_many_failures_end_the_sweep_with_the_reason(tmp_path: Path) -> None:
-    result = Bench(tmp_path).drive(sweep(num_trials=20, max_failures=2, space=FEASIBLE_R | LEARNING_RATE), fails=lambda job: "error: no")
+    result = Bench(tmp_path).drive(
+        sweep(num_trials=20, max_failures=2, space=FEASIBLE_R | LEARNING_RATE), fails=lambda job: "error: no"
+    )
     assert (result.status, result.counts) == ("failed", {"failed": 3})
     assert result.reason == "3 trials failed, more than max_failures (2)"
 
@@ -97,7 +117,7 @@ LEARNING_RATE = {"training.learning_rate": {"type": "float", "low": 1e-5, "high"
 def test_time_budget_counts_over_resumes(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
     spec = sweep(num_trials=50, time_budget="90s", space=FEASIBLE_R | LEARNING_RATE)
-    first = bench.drive(dataclasses_free_copy(spec, num_trials=2), monotonic=Ticks(1.0), request_seconds=0.0)
+    first = bench.drive(spec.model_copy(update={"num_trials": 2}), monotonic=Ticks(1.0), request_seconds=0.0)
     assert first.status == "complete"
     second = bench.drive(spec, monotonic=Ticks(1.0), request_seconds=0.0)
     assert second.status == "stopped"
@@ -105,10 +125,6 @@ def test_time_budget_counts_over_resumes(tmp_path: Path) -> None:
     assert 2 < second.num_trials < 50
     assert first.seconds < 90 <= second.seconds
     assert bench.drive(spec, monotonic=Ticks(1.0)).num_trials == second.num_trials
-
-
-def dataclasses_free_copy(spec, **changes):
-    return spec.model_copy(update=changes)
 
 
 class Ticks:
@@ -331,7 +347,7 @@ from tests.sweeps.curves import Bench
 from tests.sweeps.test_run import KILLED
 print(Bench(Path(sys.argv[1])).drive(KILLED).status)
 """
-KILLED = sweep(num_trials=14, pruner={"type": "asha", "min_resource": 10, "reduction_factor": 2})
+KILLED = sweep(num_trials=8, pruner={"type": "asha", "min_resource": 10, "reduction_factor": 2})
 
 
 @pytest.mark.parametrize(
@@ -351,7 +367,9 @@ def test_killed_sweep_ends_as_the_undisturbed_one(tmp_path: Path, points: str, u
     (tmp_path / "spent").mkdir()
     num_kills = 0
     while True:
-        process = subprocess.run([sys.executable, "-c", DRIVER, str(tmp_path / "bench")], env=environment, capture_output=True, text=True)
+        process = subprocess.run(
+            [sys.executable, "-c", DRIVER, str(tmp_path / "bench")], env=environment, capture_output=True, text=True
+        )
         if process.returncode != -signal.SIGKILL:
             break
         num_kills += 1
