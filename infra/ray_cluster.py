@@ -16,13 +16,15 @@ import grpc
 import ray
 from ray._private import ray_constants
 from ray._private import worker as ray_worker
+from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
 
 from infra.errors import BadInput, ServiceUnavailable
 
-logger = logging.getLogger(__name__)
-
 CONNECT_SECONDS = 3.0
 """How long a Ray address may take to answer."""
+
+UNAVAILABLE = grpc.StatusCode.UNAVAILABLE
 
 OBJECT_STORE_BYTES = 200 * 2**20
 """Shared memory of a Ray started here. Messages are small and artifacts go through the store, so little is needed."""
@@ -30,14 +32,14 @@ OBJECT_STORE_BYTES = 200 * 2**20
 _ENVIRONMENT = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-    "RAY_DASHBOARD_AGENT_CHECK_PARENT_INTERVAL_S": "1",
 }
-"""No report to Ray's makers; no FutureWarning about the accelerators of zero-GPU actors; Ray's agents look every second
-(not every fifth) whether their node is still there, five times, so that all is gone seconds after a driver was killed."""
+"""No report to Ray's makers, and no FutureWarning about the accelerators of zero-GPU actors."""
 
 
 def start_local(num_cpus: int) -> None:
     """Start Ray on this machine for this process; it ends with it, however that happens. Raises ServiceUnavailable.
+
+    After a SIGKILL of this process the tasks are gone in about four seconds; two idle agents of Ray's take up to a minute.
 
     The token is made for this process and travels to Ray's processes in their environment, so nothing is written to HOME.
     """
@@ -69,42 +71,63 @@ def connect(address: str) -> None:
             "'ray start --head' prints it."
         )
     listens_on_loopback = _listens_on_loopback(host, port)
-    if not listens_on_loopback and not _answers(address):
-        raise ServiceUnavailable(
-            f"Ray at {address} does not answer; start it with 'RAY_AUTH_MODE=token ray start --head --port {port}', "
-            "or unset ray_address to have Ray started on this machine."
-        )
+    if not listens_on_loopback:
+        _check_cluster(address)
     place = _loopback_only() if listens_on_loopback else contextlib.nullcontext()
     with _quiet_environment(), place, _keep_sigterm_handler():
+        # Ray looks for a token by itself only where it was given no address.
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         try:
             ray.init(address, log_to_driver=False, logging_level=logging.ERROR)
-        except ray.exceptions.AuthenticationError as error:
-            raise ServiceUnavailable(
-                f"Ray at {address} does not accept this machine's token; put the cluster's token into RAY_AUTH_TOKEN or "
-                "the file that RAY_AUTH_TOKEN_PATH names."
-            ) from error
         except (RuntimeError, OSError, ray.exceptions.RayError, ValueError) as error:
-            raise ServiceUnavailable(f"Ray at {address} cannot be used from here: {_first_line(error)}") from error
+            raise ServiceUnavailable(f"Ray at {address} cannot be used from here: {_first_line(error)}.") from error
 
 
 def _listens_on_loopback(host: str, port: str) -> bool:
     """Tell whether the cluster meant by a loopback address listens there only.
 
-    Ray replaces a loopback address by this machine's public one, where a cluster as ours does not listen.
+    Ray replaces a loopback address by this machine's public one, where such a cluster does not listen.
     """
-    if host not in {"127.0.0.1", "localhost"}:
+    if host not in {"127.0.0.1", "localhost"} or _refusal(f"{ray.util.get_node_ip_address()}:{port}") != UNAVAILABLE:
         return False
-    return not _answers(f"{ray.util.get_node_ip_address()}:{port}") and _answers(f"{host}:{port}")
+    _check_cluster(f"{host}:{port}")
+    return True
 
 
-def _answers(address: str) -> bool:
-    """Tell whether a gRPC server, which a bare open port is not, answers at `address` in time."""
+def _check_cluster(address: str) -> None:
+    """Raise ServiceUnavailable unless a Ray cluster answers at `address` and takes this machine's token."""
+    match _refusal(address):
+        case None:
+            return
+        case grpc.StatusCode.UNAUTHENTICATED:
+            raise ServiceUnavailable(
+                f"Ray at {address} does not accept this machine's token; put the cluster's token into RAY_AUTH_TOKEN or "
+                "the file that RAY_AUTH_TOKEN_PATH names."
+            )
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED:
+            raise ServiceUnavailable(
+                f"Ray at {address} does not answer; start it with 'RAY_AUTH_MODE=token ray start --head --port "
+                f"{address.rpartition(':')[2]}', or unset ray_address to have Ray started on this machine."
+            )
+        case code:
+            raise ServiceUnavailable(f"What answers at {address} is not Ray ({code.name}); set ray_address to a Ray cluster.")
+
+
+def _refusal(address: str) -> grpc.StatusCode | None:
+    """Ask the cluster at `address` for its id, as Ray's own client does first; return why it did not tell, None if it did."""
+    loader = AuthenticationTokenLoader.instance()
+    loader.reset_cache()
+    token = tuple(loader.get_token_for_http_header(ignore_auth_mode=True).items())
     with grpc.insecure_channel(address) as channel:
+        ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
             grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
+            ask(b"", metadata=token, timeout=CONNECT_SECONDS)
         except grpc.FutureTimeoutError:
-            return False
-    return True
+            return UNAVAILABLE
+        except grpc.RpcError as error:
+            return error.code()
+    return None
 
 
 @contextlib.contextmanager
@@ -115,6 +138,7 @@ def _quiet_environment() -> Iterator[None]:
     that too; the same text reaches our log with the task's exit.
     """
     ray_worker._worker_logs_enabled = False
+    logging.getLogger("ray").setLevel(logging.ERROR)
     added = {name: value for name, value in _ENVIRONMENT.items() if name not in os.environ}
     os.environ.update(added)
     try:
