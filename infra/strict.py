@@ -38,10 +38,10 @@ def _sentence(model: type[BaseModel], error: ValidationError) -> str:
         return f"unknown key '{path}'. {hint}{more}"
     if first["type"] == "missing":
         return f"the key '{path}' is missing; add it.{more}"
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should be ").removesuffix(".")
     lead = "" if first["type"] == "value_error" else "should be "
     came = "" if first["type"] == "value_error" else f", got {_shown(first['input'])}"
-    return f"'{path}': {lead}{message}{came}.{more}".replace("..", ".")
+    return f"'{path}': {lead}{message}{came}.{more}"
 
 
 def _shown(value: Any) -> str:
