@@ -66,6 +66,7 @@ class Candidate:
     registered: float
     """Seconds since the epoch."""
     alias: str = "challenger"
+    """Points at the latest candidate that was offered under it."""
 
 
 def generation_of(head: Entry | None) -> int:
