@@ -7,6 +7,7 @@ the files lie under the digest of the set, and the listing, written last with pu
 
 import contextlib
 import fcntl
+import logging
 import re
 import shutil
 import tempfile
@@ -25,6 +26,7 @@ from workers.spec import BaseModelSpec
 
 FILES_FORMAT = "base-files/1"
 LISTING_NAME = "files.json"
+HUB_TIMEOUT_SECONDS = 10.0
 HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -49,21 +51,31 @@ def find_base(spec: BaseModelSpec, folder: Path) -> Path:
 
 
 def _fetch_from_hub(name: str, revision: str, *, with_code: bool) -> Path:
-    """Download a snapshot without pickles. The hub's client keeps it in its own cache."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+    """Return a snapshot without pickles: as it is in the hub client's cache, else downloaded into it."""
+    import httpx2
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
 
-    suffixes = ("*.safetensors", *(f"*{suffix}" for suffix in COMPANION_SUFFIXES), *(("*.py",) if with_code else ()))
+    suffixes = (".safetensors", *COMPANION_SUFFIXES, *((".py",) if with_code else ()))
+    wanted: dict[str, Any] = {
+        "revision": revision,
+        "allow_patterns": [f"*{suffix}" for suffix in suffixes],
+        "ignore_patterns": ["*/*"],
+    }
     try:
-        with _without_progress_bars():
-            return Path(snapshot_download(name, revision=revision, allow_patterns=list(suffixes), ignore_patterns=["*/*"]))
+        with _quiet_hub():
+            with contextlib.suppress(LocalEntryNotFoundError):  # a commit never changes: a whole copy needs no hub
+                return Path(snapshot_download(name, **wanted, local_files_only=True))
+            # Asked first because it fails at once where the hub is away; the download would try for half a minute.
+            HfApi().model_info(name, revision=revision, timeout=HUB_TIMEOUT_SECONDS)
+            return Path(snapshot_download(name, **wanted))
     except GatedRepoError:
         raise BadInput(
             f"the hub gives '{name}' only to accounts that were granted access; set HF_TOKEN to one of those."
         ) from None
     except (RepositoryNotFoundError, RevisionNotFoundError):
         raise BadInput(f"the hub knows no model '{name}' with the commit {revision}; correct name_or_path or revision.") from None
-    except (HfHubHTTPError, OSError) as error:
+    except (httpx2.HTTPError, OSError) as error:
         raise ServiceUnavailable(
             f"the model hub did not answer for '{name}' ({type(error).__name__}); run again when it is reachable, "
             "or give base_model.name_or_path a local folder."
@@ -71,14 +83,18 @@ def _fetch_from_hub(name: str, revision: str, *, with_code: bool) -> Path:
 
 
 @contextlib.contextmanager
-def _without_progress_bars() -> Iterator[None]:
+def _quiet_hub() -> Iterator[None]:
+    """Keep the hub client's progress bars and advice off the terminal while this is open."""
     from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
-    shown = not are_progress_bars_disabled()
+    shown, log = not are_progress_bars_disabled(), logging.getLogger("huggingface_hub")
+    level = log.level
     disable_progress_bars()
+    log.setLevel(logging.ERROR)
     try:
         yield
     finally:
+        log.setLevel(level)
         if shown:
             enable_progress_bars()
 
@@ -176,6 +192,7 @@ def _fetch_from_store(base_id: str, hint: Path | None, store: Storage, target: P
                 f"the files of base {base_id} in the store {store.uri} are those of {found.base_id}; upload the base again."
             )
         folder.rename(target)
+        crashpoint("base-fetched", base_id)
     return target
 
 

@@ -1,7 +1,6 @@
 """Loading a base model for training: frozen, quiet, nothing from the network, and checked against its files."""
 
 import contextlib
-import logging
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -91,18 +90,14 @@ def _check_equal(path: Path, name: str, stored: Any, loaded: torch.Tensor) -> No
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Keep progress bars and advice of the Hugging Face libraries off the terminal while this is open."""
+    """Keep progress bars and advice of transformers off the terminal while this is open."""
     logs = transformers.utils.logging
     verbosity, bars = logs.get_verbosity(), logs.is_progress_bar_enabled()
-    hub = logging.getLogger("huggingface_hub")
-    hub_level = hub.level
     logs.set_verbosity_error()
     logs.disable_progress_bar()
-    hub.setLevel(logging.ERROR)
     try:
         yield
     finally:
         logs.set_verbosity(verbosity)
-        hub.setLevel(hub_level)
         if bars:
             logs.enable_progress_bar()

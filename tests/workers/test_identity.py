@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from infra.errors import BadInput
-from tests.workers.tiny_bases import FAMILIES, copy_with_config, make_base
+from tests.workers.tiny_bases import FAMILIES, copy_with_config, make_base, save
 from workers.architecture import architecture_of
 from workers.identity import describe_base, diff, identify, training_view
 from workers.spec import BaseModelSpec, QuantizationSpec
@@ -28,7 +28,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_resharding_resaving_and_renaming_keep_the_identity(tmp_path: Path, family: str) -> None:
     original = make_base(tmp_path / "original", family)
     model = AutoModelForCausalLM.from_pretrained(original)
-    model.save_pretrained(tmp_path / "renamed" / "sharded", max_shard_size="10KB")
+    save(model, tmp_path / "renamed" / "sharded", max_shard_size="10KB")
     again = identify(tmp_path / "renamed" / "sharded")
     assert len([name for name in again.files if name.endswith(".safetensors")]) > 2
     assert again.base_id == identify(original).base_id
@@ -282,5 +282,5 @@ def test_real_bases_have_their_known_ids(test_data: Path) -> None:
 
 def test_real_base_saved_again_by_transformers_is_the_same_base(test_data: Path, tmp_path: Path) -> None:
     source = test_data / "bases" / "stories260k"
-    AutoModelForCausalLM.from_pretrained(source).save_pretrained(tmp_path, max_shard_size="200KB")
+    save(AutoModelForCausalLM.from_pretrained(source), tmp_path, max_shard_size="200KB")
     assert identify(tmp_path).base_id == identify(source).base_id

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, PreTrainedModel, Qwen2Config
 
+from workers.loading import quiet
+
 SHARED: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 WIDE: dict[str, Any] = SHARED | {
     "hidden_size": 32,
@@ -38,7 +40,14 @@ def make_model(family: str, *, seed: int = 0, **changes: Any) -> PreTrainedModel
 
 def make_base(folder: Path, family: str = "llama", *, seed: int = 0, **changes: Any) -> Path:
     """Write a random base to `folder`."""
-    make_model(family, seed=seed, **changes).save_pretrained(folder)
+    save(make_model(family, seed=seed, **changes), folder)
+    return folder
+
+
+def save(model: Any, folder: Path, **options: Any) -> Path:
+    """Save a model without the progress bar that transformers draws."""
+    with quiet():
+        model.save_pretrained(folder, **options)
     return folder
 
 
