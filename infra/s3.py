@@ -33,7 +33,7 @@ from s3transfer.manager import TransferConfig, TransferManager
 from infra.errors import BadInput, ConditionFailed, LorafleetError, ObjectNotFound, ServiceUnavailable, WorkFailed
 from infra.fingerprint import sha256_hex, sha256_of_file
 from infra.local_storage import whole_file
-from infra.s3_answers import MISSING_CODES, PASSING_CODES, PASSING_STATUSES, REASONS, is_torn
+from infra.s3_answers import MISSING_CODES, PASSING_CODES, PASSING_STATUSES, REASONS, SIZE_FIELD, is_torn
 from infra.storage import ObjectInfo, check_key, check_prefix
 
 BUCKET_PATTERN = re.compile(r"[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]")
@@ -205,7 +205,7 @@ class S3Storage:
             "Body": data,
             "ChecksumAlgorithm": "SHA256",
             "ChecksumSHA256": _base64_sha256(data),
-            "Metadata": {"sha256": sha256_hex(data)},
+            "Metadata": _metadata(sha256_hex(data), len(data)),
         }
 
     def _request(self, key: str, verb: str, operation: str, **fields: Any) -> Any:
@@ -294,7 +294,7 @@ class S3Storage:
 
     def _upload(self, key: str, path: Path) -> ObjectInfo:
         digest = sha256_of_file(path)
-        extra = {"Metadata": {"sha256": digest}}
+        extra = {"Metadata": _metadata(digest, path.stat().st_size)}
         named = {**self._named(key), "fileobj": str(path), "extra_args": extra}
         self._repeat(key, "write", lambda clients: self._transfer(clients, "upload", **named))
         info = self.head(key)
@@ -370,7 +370,7 @@ def _new_session(region: str | None) -> boto3.session.Session:
 
 def _count_torn_as_failed(operation_model: Any, response_dict: dict[str, Any], **_: Any) -> None:
     """Turn a torn answer into a passing error before it is read, as botocore does with errors that came as a 200."""
-    if is_torn(operation_model.name, response_dict["status_code"], response_dict["headers"]):
+    if is_torn(operation_model.name, response_dict["status_code"], response_dict["headers"], response_dict["body"]):
         response_dict.update(status_code=500, body=b"")
 
 
@@ -419,6 +419,10 @@ def _environment(*names: str) -> str | None:
 
 def _base64_sha256(data: bytes) -> str:
     return base64.b64encode(hashlib.sha256(data).digest()).decode()
+
+
+def _metadata(sha256: str, size_bytes: int) -> dict[str, str]:
+    return {"sha256": sha256, SIZE_FIELD: str(size_bytes)}
 
 
 def _info_of_answer(key: str, answer: dict[str, Any]) -> ObjectInfo:

@@ -16,6 +16,8 @@ PASSING_CODES = {
     "ConditionalRequestConflict",
 }
 MISSING_CODES = {"NoSuchKey", "NotFound", "404"}
+SIZE_FIELD = "size-bytes"
+"""Metadata that says the size again: an answer to HEAD has no body by which a torn length would be noticed."""
 WITH_ETAG = {"PutObject", "GetObject", "HeadObject", "UploadPart"}
 WITH_DATE = {"GetObject", "HeadObject"}
 
@@ -34,15 +36,21 @@ REASONS = {
 """What a server's error code says about name and rights, and the way out; for `format` with code, verb and key."""
 
 
-def is_torn(operation: str, status: int, headers: Mapping[str, str]) -> bool:
-    """Tell whether a successful answer's head ended too early.
+def is_torn(operation: str, status: int, headers: Mapping[str, str], body: object) -> bool:
+    """Tell whether a successful answer ended before its body began.
 
-    Python's http.client takes a connection that closes inside the head for the end of the head, and, without a length, for
-    the end of an empty body: a torn listing would read as an empty store, a torn object as an empty one.
+    Python's http.client takes a connection that closes inside the head for the end of the head, and urllib3 an
+    end right after it for an empty body: a torn listing would read as an empty store, a torn object as an empty one.
+    An end further on is noticed by them. `body` is bytes, or a stream that counts for itself.
     """
     if not 200 <= status < 300 or status == 204:
         return False
-    has_length = headers.get("content-length", "").isdigit() or "chunked" in headers.get("transfer-encoding", "")
+    length = headers.get("content-length", "")
+    if operation != "HeadObject" and isinstance(body, bytes) and length.isdigit() and int(length) != len(body):
+        return True
+    if operation == "HeadObject" and headers.get(f"x-amz-meta-{SIZE_FIELD}", length) != length:
+        return True
+    has_length = length.isdigit() or "chunked" in headers.get("transfer-encoding", "")
     has_etag = operation not in WITH_ETAG or _is_quoted(headers.get("etag", ""))
     has_date = operation not in WITH_DATE or headers.get("last-modified", "").endswith("GMT")
     return not (has_length and has_etag and has_date)

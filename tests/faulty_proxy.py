@@ -49,6 +49,7 @@ class FaultyProxy:
         self._target = (target_host, target_port)
         self._random = random.Random(seed)
         self._num_to_lose = 0
+        self._next_cut: int | None = None
         self._lock = threading.Lock()
         self._listener = socket.create_server(("127.0.0.1", 0))
 
@@ -60,6 +61,10 @@ class FaultyProxy:
     def lose_next(self, number: int) -> None:
         """Drop the next answers, whatever the shares say."""
         self._num_to_lose = number
+
+    def cut_next(self, kept_bytes: int) -> None:
+        """Cut the next answer after so many bytes, whatever the shares say."""
+        self._next_cut = kept_bytes
 
     def __enter__(self) -> Self:
         threading.Thread(target=self._accept, daemon=True).start()
@@ -90,6 +95,10 @@ class FaultyProxy:
         """Return the fault of the next answer (pass, drop or cut), its delay in seconds and the bytes a cut leaves."""
         with self._lock:
             number = self._random.random()
+            if self._next_cut is not None:
+                kept_bytes, self._next_cut = self._next_cut, None
+                self.num_faults["cut"] += 1
+                return "cut", 0.0, kept_bytes
             if self._num_to_lose > 0:
                 self._num_to_lose, number = self._num_to_lose - 1, -1.0
             fault = "drop" if number < self.drop_answer else "cut" if number < self.drop_answer + self.cut_body else "pass"

@@ -295,6 +295,22 @@ def test_a_put_whose_answers_were_lost_is_known_to_have_been_refused(proxied: tu
     assert direct.get("a")[0] == b"rival"
 
 
+def test_an_answer_torn_anywhere_is_not_believed(proxied: tuple[FaultyProxy, S3Storage, S3Storage]) -> None:
+    proxy, store, direct = proxied
+    for kept_bytes in range(5, 700, 1):
+        content = f"content {kept_bytes}".encode()
+        proxy.cut_next(kept_bytes)
+        store.put("a", content)
+        expected = direct.head("a")
+        assert expected is not None
+        for read in (lambda: store.get("a")[1], lambda: store.head("a"), lambda: next(store.list(""))):
+            proxy.cut_next(kept_bytes)
+            found = read()
+            assert found is not None
+            assert (found.size_bytes, found.etag, found.modified) == (len(content), expected.etag, expected.modified)
+            assert found.sha256 in (expected.sha256, None)
+
+
 def test_a_network_that_stays_broken_is_given_up_in_one_sentence(moto: S3Server) -> None:
     with FaultyProxy("127.0.0.1", moto.port, seed=0, drop_answer=1.0) as proxy:
         store = S3Storage(f"s3://{moto.new_bucket()}", endpoint_url=proxy.url, retry_seconds=0.5)
