@@ -6,7 +6,7 @@ import os
 import re
 from pathlib import Path
 
-OUR_PACKAGES = ("infra", "workers", "sweeps", "pipelines")
+OUR_PACKAGES = ("infra", "workers", "sweeps", "pipelines", "lorafleet")
 
 FILE_BYTES = 10_000_000
 """The log file is set aside at this size; five older ones are kept."""

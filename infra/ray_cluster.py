@@ -9,6 +9,7 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import threading
 from collections.abc import Iterator
 
@@ -121,9 +122,12 @@ def _refusal(address: str) -> grpc.StatusCode | None:
     with grpc.insecure_channel(address) as channel:
         ask = channel.unary_unary("/ray.rpc.NodeInfoGcsService/GetClusterId")
         try:
+            # A closed port says so at once, which gRPC takes as a reason to try again.
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
             grpc.channel_ready_future(channel).result(timeout=CONNECT_SECONDS)
             ask(b"", metadata=token, timeout=CONNECT_SECONDS)
-        except grpc.FutureTimeoutError:
+        except (OSError, grpc.FutureTimeoutError):
             return UNAVAILABLE
         except grpc.RpcError as error:
             return error.code()
