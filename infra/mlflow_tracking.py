@@ -117,6 +117,11 @@ class MlflowTracker:
             for start in range(0, len(run_params), PARAMS_PER_BATCH):
                 client.log_batch(run_id, params=run_params[start : start + PARAMS_PER_BATCH])
 
+    def run_id(self, key: str) -> str | None:
+        """Return MLflow's own id of a run, None if it has none with this key."""
+        run = self._find(key)
+        return run and str(run.info.run_id)
+
     def _run_id(self, key: str) -> str:
         if key not in self._run_ids:
             self._run_ids[key] = self._known(key).info.run_id

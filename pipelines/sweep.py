@@ -1,18 +1,17 @@
-"""`lorafleet sweep ...`: run a sweep from its file, register what it found, write its report; look at it and change it from elsewhere."""
+"""`lorafleet sweep ...`: run a sweep from its file or go on with it, register what it found, write its report."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-from sweeps.report import write_report
 
 from infra.crashpoints import crashpoint
 from infra.errors import BadInput
 from pipelines.files import load_sweep
 from pipelines.promote import register_best
 from pipelines.workspace import Tracking, Workspace
-from sweeps.ledger import read_header, read_trials
+from sweeps.ledger import read_header
 from sweeps.projection import sweep_key, trial_key
+from sweeps.report import write_report
 from sweeps.run import Surroundings, SweepResult, run_sweep
 from sweeps.spec import SweepSpec
 from sweeps.study import StudyMirror, no_mirror
@@ -38,15 +37,32 @@ def run(
 ) -> SweepOutcome:
     """Start the sweep of a file, or go on with it: the same command does both."""
     spec, _, folder = load_sweep(path, overrides)
-    return run_spec(workspace, spec, folder, on_change)
+    return run_spec(workspace, anchored(spec, folder), on_change)
 
 
-def run_spec(
-    workspace: Workspace, spec: SweepSpec, folder: Path, on_change: Callable[[SweepView], None] = lambda view: None
-) -> SweepOutcome:
-    """Run a sweep whose paths start at `folder`. Everything wrong is found before a host is started."""
+def anchored(spec: SweepSpec, folder: Path) -> SweepSpec:
+    """Return a sweep whose local paths are absolute, so that it can be resumed by its name from any folder."""
+
+    def absolute(path: str) -> str:
+        return path if "://" in path else str((folder / Path(path).expanduser()).absolute())
+
+    job = spec.base_job
+    base = job.base_model.name_or_path
+    here = (folder / Path(base).expanduser()).exists()  # otherwise the name of a hub model
+    data = {name: absolute(value) for name in ("train", "validation", "test") if (value := getattr(job.data, name)) is not None}
+    job = job.model_copy(
+        update={
+            "base_model": job.base_model.model_copy(update={"name_or_path": absolute(base) if here else base}),
+            "data": job.data.model_copy(update=data),
+        }
+    )
+    return spec.model_copy(update={"job": job})
+
+
+def run_spec(workspace: Workspace, spec: SweepSpec, on_change: Callable[[SweepView], None] = lambda view: None) -> SweepOutcome:
+    """Run a sweep. Everything wrong is found before a host is started."""
     workspace.services.check_at_start()
-    resolver = workspace.resolver(folder)
+    resolver = workspace.resolver(Path.cwd())
     job = resolver.resolve(spec.base_job)
     _check_register(spec)
     with workspace.tracking(f"sweep-{job.tenant}-{spec.name}") as tracking:
@@ -75,10 +91,10 @@ def run_spec(
 
 
 def resume(workspace: Workspace, reference: str, on_change: Callable[[SweepView], None] = lambda view: None) -> SweepOutcome:
-    """Go on with a sweep by its name, from what the store keeps of it; relative paths start at the current directory."""
+    """Go on with a sweep by its name, from what the store keeps of it."""
     tenant, name = find_sweep(workspace, reference)
     header = read_header(workspace.store, tenant, name)
-    return run_spec(workspace, header.spec, Path.cwd(), on_change)
+    return run_spec(workspace, header.spec, on_change)
 
 
 def find_sweep(workspace: Workspace, reference: str) -> tuple[str, str]:
@@ -114,8 +130,7 @@ def report_of(workspace: Workspace, tenant: str, name: str) -> Path:
     """Write the report of a sweep, however far it is, and return its path."""
     folder = workspace.settings.home / "reports"
     folder.mkdir(parents=True, exist_ok=True)
-    header = read_header(workspace.store, tenant, name)
-    return write_report(header, read_trials(workspace.store, tenant, name), folder / f"{tenant}-{name}.html")
+    return write_report(workspace.store, tenant, name, folder / f"{tenant}-{name}.html")
 
 
 def _report(workspace: Workspace, result: SweepResult, tracking: Tracking) -> Path:
@@ -126,35 +141,37 @@ def _report(workspace: Workspace, result: SweepResult, tracking: Tracking) -> Pa
 
 def _check_register(spec: SweepSpec) -> None:
     """Names are checked before anything runs, so that a finished sweep can be registered."""
-    if spec.register is not None:
-        layout.model(spec.base_job.tenant, spec.register.task)
+    offer = spec.register_best
+    if offer is not None:
+        layout.model(spec.base_job.tenant, offer.task or spec.base_job.task)
 
 
 def _mirror(workspace: Workspace, spec: SweepSpec) -> Callable[..., None]:
     storage = workspace.settings.study_storage
-    return StudyMirror(storage, spec) if storage is not None else no_mirror
+    return StudyMirror(storage, f"{spec.base_job.tenant}/{spec.name}", spec) if storage is not None else no_mirror
 
 
 def _register(
     workspace: Workspace, spec: SweepSpec, result: SweepResult, job: Job, tracking: Tracking
 ) -> tuple[str | None, str | None]:
     """Offer the best adapter to the task, with its evidence; return its reference and what a person should know."""
-    best = result.best
-    if spec.register is None or best is None or best.adapter_id is None or result.status == "preempted":
+    best, offer = result.best, spec.register_best
+    if offer is None or best is None or best.adapter_id is None or result.status == "preempted":
         return None, None
     tracking.drain()
+    task = offer.task or spec.base_job.task
     outcome = register_best(
         workspace.store,
         workspace.services.registry(),
         tenant=result.tenant,
-        task=spec.register.task,
+        task=task,
         adapter_id=best.adapter_id,
         base_id=job.base.base_id,
         job_id=best.job_id,
         sweep=result.name,
         metrics=best.metrics,
-        alias=spec.register.alias,
+        alias=offer.alias,
         run_id=workspace.services.tracker().run_id(trial_key(result.tenant, result.name, best.number)),
     )
     crashpoint("sweep-registered", best.adapter_id)
-    return f"{result.tenant}.{spec.register.task}@{spec.register.alias}", outcome.note
+    return f"{result.tenant}.{task}@{offer.alias}", outcome.note
