@@ -1,0 +1,31 @@
+"""Every example is loaded as a person would load it."""
+
+import tomllib
+from pathlib import Path
+
+from infra.settings import Settings
+from infra.strict import parse
+from pipelines.files import load_job, load_sweep
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def test_the_example_job_is_a_job() -> None:
+    spec, folder = load_job(EXAMPLES / "job.yaml")
+    assert (spec.tenant, folder) == ("acme", EXAMPLES)
+
+
+def test_the_example_sweep_varies_the_example_job() -> None:
+    spec, job, _ = load_sweep(EXAMPLES / "sweep.yaml")
+    assert spec.name == "acme-support"
+    assert job.task == "support"
+    assert "peft.lora_dropout" in spec.space
+
+
+def test_the_example_settings_are_settings(tmp_path: Path) -> None:
+    written = tomllib.loads((EXAMPLES / "lorafleet.toml").read_text())
+    assert parse(Settings, {"home": tmp_path, **written}, "lorafleet.toml").store.startswith("s3://")
+
+
+def test_no_example_is_forgotten_here() -> None:
+    assert sorted(path.name for path in EXAMPLES.iterdir()) == ["job.yaml", "lorafleet.toml", "sweep.yaml"]
