@@ -42,8 +42,9 @@ class ThreadHandle:
         return self._exit
 
     def kill(self) -> None:
-        self._to_task.close(discard=True)
-        self._to_driver.close(discard=True)
+        if self._exit is None:
+            self._to_task.close(discard=True)
+            self._to_driver.close(discard=True)
 
     def join(self, timeout_seconds: float) -> bool:
         """Wait for the thread; tell whether it has ended."""

@@ -61,6 +61,14 @@ def test_everything_sent_waits_when_the_task_has_returned(launcher: Launcher) ->
     assert handle.channel.closed
 
 
+def test_killing_what_has_ended_takes_nothing_away(launcher: Launcher) -> None:
+    handle = launcher.launch(launched.count_and_return, "ended", SMALL)
+    ended = end_of(handle)
+    handle.kill()
+    assert handle.poll() == ended
+    assert handle.channel.receive(0.0) == list(range(500))
+
+
 def test_an_error_for_people_arrives_as_its_own_sentence(launcher: Launcher) -> None:
     handle = launcher.launch(launched.raise_bad_input, "bad", SMALL)
     ended = end_of(handle)
