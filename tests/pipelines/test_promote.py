@@ -8,10 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
 
 from infra.errors import BadInput, WorkFailed, WrongBase
 from infra.local_storage import LocalStorage
 from infra.mlflow_registry import ModelRegistry
+from infra.mlflow_tracking import MlflowTracker
+from infra.tracking import RunStart
 from pipelines.journal import Change, commit, generation_of, history, read_head, read_hint
 from pipelines.projection import differences, project
 from pipelines.promote import PromotionOutcome, promote, register_best, rollback
@@ -291,6 +294,13 @@ def test_best_of_a_sweep_is_the_challenger(local_store, base_id, registry, task)
     assert [version.tags["lorafleet.sweep"] for version in registry.versions(f"acme.{task}")] == ["s1", "s1"]
     with pytest.raises(BadInput, match="moved by promote and rollback only"):
         register(local_store, a, base_id, task, alias="champion")
+
+
+def test_version_of_the_best_comes_from_its_run(local_store, base_id, registry, uri, task) -> None:
+    run_id = MlflowTracker(uri).ensure_run(RunStart(f"acme/s/{task}", "acme", "s-0000"))
+    register(local_store, put_adapter(local_store, base_id, 1), base_id, task, registry, run_id=run_id)
+    [version] = registry.versions(f"acme.{task}")
+    assert MlflowClient(uri).get_model_version(f"acme.{task}", version.version).run_id == run_id
 
 
 @pytest.mark.parametrize("point", ["journal-written", "head-written", "promotion-projected"])
