@@ -139,6 +139,8 @@ def pareto_front(trials: Sequence[Trial], objectives: Sequence[ObjectiveSpec]) -
 
     With one objective: the best trial, alone. Among equals the earliest counts.
     """
+    if len(objectives) == 1:
+        return [best for best in [best_of(trials, objectives)] if best is not None]
     complete = sorted((trial for trial in trials if trial.status == "complete"), key=lambda trial: trial.number)
     scores = [_losses(trial, objectives) for trial in complete]
     front = [
@@ -151,7 +153,8 @@ def pareto_front(trials: Sequence[Trial], objectives: Sequence[ObjectiveSpec]) -
 
 def best_of(trials: Sequence[Trial], objectives: Sequence[ObjectiveSpec]) -> Trial | None:
     """Return the best complete trial (of several objectives: the front's best in the first), None if there is none."""
-    return next(iter(pareto_front(trials, objectives)), None)
+    complete = [trial for trial in trials if trial.status == "complete"]
+    return min(complete, key=lambda trial: (_losses(trial, objectives), trial.number), default=None)
 
 
 def count_by_status(trials: Sequence[Trial]) -> dict[str, int]:
