@@ -14,7 +14,6 @@ import email.utils
 import functools
 import hashlib
 import os
-import random
 import re
 import threading
 import time
@@ -33,6 +32,7 @@ from s3transfer.manager import TransferConfig, TransferManager
 from infra.errors import BadInput, ConditionFailed, LorafleetError, ObjectNotFound, ServiceUnavailable, WorkFailed
 from infra.fingerprint import sha256_hex, sha256_of_file
 from infra.local_storage import whole_file
+from infra.patience import Patience
 from infra.s3_answers import MISSING_CODES, PASSING_CODES, PASSING_STATUSES, REASONS, SIZE_FIELD, is_torn
 from infra.storage import ObjectInfo, check_key, check_prefix
 
@@ -42,7 +42,6 @@ READ_TIMEOUT_SECONDS = 30
 RETRY_SECONDS = 60.0
 FIRST_ANSWER_SECONDS = 5.0
 """A store that has never answered this process is given up after this time: its name or endpoint is likely wrong."""
-MAX_PAUSE_SECONDS = 5.0
 MULTIPART_BYTES = 64 << 20
 MAX_CONNECTIONS = 32
 
@@ -213,7 +212,7 @@ class S3Storage:
 
     def _repeat(self, key: str, verb: str, send: Callable[[_Clients], T]) -> T:
         """Send until there is a clear answer; raise the error that says what it was."""
-        patience = _Patience(self._patience_seconds())
+        patience = Patience(self._patience_seconds())
         while True:
             try:
                 return self._send(send)
@@ -235,7 +234,7 @@ class S3Storage:
 
     def _conditional_put(self, key: str, data: bytes, condition: dict[str, str]) -> ObjectInfo:
         fields = {**self._put_fields(key, data), **condition}
-        patience = _Patience(self._patience_seconds())
+        patience = Patience(self._patience_seconds())
         is_unclear = False  # whether an earlier sending may have been carried out although its answer was lost
         while True:
             try:
@@ -337,23 +336,6 @@ class S3Storage:
         else:
             reason = f"does not answer at {endpoint} ({name}); check the endpoint and the network"
         return ServiceUnavailable(f"the store {self.uri} {reason}, then run the same command again.")
-
-
-class _Patience:
-    """Pauses between tries: doubling, with jitter, and bounded in total."""
-
-    def __init__(self, seconds: float) -> None:
-        self._deadline = time.monotonic() + seconds
-        self._pause = 0.1
-
-    def wait(self) -> bool:
-        """Sleep before the next try; return False, at once, if there should be none."""
-        pause = self._pause * random.uniform(0.5, 1.0)
-        self._pause = min(2 * self._pause, MAX_PAUSE_SECONDS)
-        if time.monotonic() + pause > self._deadline:
-            return False
-        time.sleep(pause)
-        return True
 
 
 @functools.cache

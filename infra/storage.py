@@ -89,7 +89,11 @@ class Storage(Protocol):
         ...
 
     def compare_and_put(self, key: str, data: bytes, etag: str) -> ObjectInfo:
-        """Store bytes if the object still has `etag`. Raises ConditionFailed if it changed or is gone. Read-back as above."""
+        """Store bytes if the object still has `etag`. Raises ConditionFailed if it changed or is gone. Read-back as above.
+
+        A put whose answer was lost, and which a rival overwrote before the read-back, counts as refused although it once
+        stood there. Where that matters (counting, say) the body must tell who has been at it.
+        """
         ...
 
     def list(self, prefix: str) -> Iterator[ObjectInfo]:

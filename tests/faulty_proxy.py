@@ -137,7 +137,10 @@ class _Connection:
     def _answers(self) -> None:
         bytes_left: int | None = None  # until the cut of the answer being sent, None if it passes
         while data := self._server.recv(PIECE_BYTES):
-            if self._is_answer_due and not data.startswith(b"HTTP/1.1 100"):
+            if self._is_answer_due and data.startswith(b"HTTP/1.1 100"):
+                interim, end, data = data.partition(b"\r\n\r\n")
+                self._client.sendall(interim + end)
+            if self._is_answer_due and data:
                 self._is_answer_due = False
                 fault, delay, kept = self._proxy.draw()
                 time.sleep(delay)
