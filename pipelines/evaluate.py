@@ -1,13 +1,15 @@
 """`lorafleet evaluate` and `generate`: stored adapters on their own base, beside the plain base. A wrong base is refused."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from infra.errors import BadInput, ObjectNotFound
 from infra.records import decode_record
+from infra.strict import parse
 from pipelines.references import find_reference
 from pipelines.workspace import Workspace
 from workers import layout
@@ -17,7 +19,7 @@ from workers.data.contract import prompt_contract
 from workers.data.rows import Row
 from workers.data.splits import load_splits
 from workers.data.store import load_rows
-from workers.evaluate import Answer, Bench
+from workers.evaluate import Bench
 from workers.identity import identify
 from workers.job import JOB_FORMAT, Job
 from workers.manifests import check_base
@@ -27,16 +29,15 @@ DEFAULT_MAX_LENGTH = 1024
 
 
 @dataclass
-class Trial:
-    """One adapter, checked, with what is known of the job it came from (None for an imported one)."""
+class Subject:
+    """One adapter that is looked at, with what is known of the job it came from (None for an imported one)."""
 
     workspace: Workspace
     reference: str
-    base: Path | None
-    """Folder of the base to try it on; None: where the job found it, or the store's copy."""
 
     @cached_property
     def stored(self) -> StoredAdapter:
+        """The adapter, read back and whole. Raises BadInput if it is not, or is not there."""
         found = find_reference(self.workspace.store, self.reference)
         return load_adapter(self.workspace.store, found.tenant, found.base_id, found.adapter_id)
 
@@ -59,28 +60,41 @@ class Trial:
         except ObjectNotFound:
             return None
 
-    @cached_property
-    def base_path(self) -> Path:
-        """The folder of the right base. Raises WrongBase, saying what differs, if the one that was named is another."""
-        store, cache_dir = self.workspace.store, self.workspace.services.cache_dir
-        if self.base is None:
-            hint = Path(self.job.base.path) if self.job is not None else None
-            return materialise(self.base_id, hint, store, cache_dir)
-        identity = identify(self.base, cache_dir)
-        trained_on = read_base(store, self.base_id)
-        check_base(self.stored.manifest, identity, prompt_contract=prompt_contract(self.base), trained_on=trained_on)
-        return self.base
+    def find_base(self, named: Path | None) -> Path:
+        """Return a folder with the adapter's base: the one that was named, or where the job found it, or the store's copy.
 
-    @cached_property
-    def bench(self) -> Bench:
-        spec = self.job.spec.base_model if self.job is not None else BaseModelSpec(name_or_path=str(self.base_path))
-        max_length = self.job.spec.training.max_length if self.job is not None else DEFAULT_MAX_LENGTH
-        return Bench(self.base_path, spec, max_length)
+        Raises WrongBase, saying what differs, if the folder holds another base, tokenizer or chat template.
+        """
+        path = self._known_base() if named is None else named
+        self.check(path)
+        return path
 
-    def rows(self, data: str | None, format: str = "auto") -> tuple[str, list[Row]]:
-        """Return what is measured on, and its name: a file, or the job's test rows, or its validation rows."""
+    def _known_base(self) -> Path:
+        if self.job is not None:
+            hint: str | None = self.job.base.path
+        else:
+            hint = self.stored.manifest.get("imported", {}).get("base_path")
+        services = self.workspace.services
+        return materialise(self.base_id, Path(hint) if hint else None, services.store, services.cache_dir)
+
+    def check(self, path: Path) -> None:
+        """Raise WrongBase, saying what differs, unless the folder holds the adapter's base and its prompt contract."""
+        identity = identify(path, self.workspace.services.cache_dir)
+        trained_on = read_base(self.workspace.store, self.base_id)
+        check_base(self.stored.manifest, identity, trained_on=trained_on)  # before the tokenizer, which another base may lack
+        check_base(self.stored.manifest, identity, prompt_contract=prompt_contract(path))
+
+    def bench(self, path: Path) -> Bench:
+        """Load the base as the job had it."""
+        if self.job is None:
+            return Bench(path, BaseModelSpec(name_or_path=str(path)), DEFAULT_MAX_LENGTH)
+        return Bench(path, self.job.spec.base_model, self.job.spec.training.max_length)
+
+    def rows(self, data: str | None) -> tuple[str, list[Row]]:
+        """Return what is measured on, and its name: rows of a file, or the job's test rows, or its validation rows."""
         if data is not None:
-            return data, load_splits(DataSpec.model_validate({"train": data, "format": format}), Path.cwd()).train
+            splits = load_splits(parse(DataSpec, {"train": data}, "--data"), Path.cwd())
+            return data, splits.test or splits.validation or splits.train
         known = self.stored.manifest.get("data", {})
         for split in ("test", "validation"):
             if known.get(split):
@@ -103,29 +117,43 @@ def evaluate(
     data: str | None = None,
     generate: int | None = None,
 ) -> dict[str, Any]:
-    """Measure adapters of one base, and the plain base, on the same rows. Raises WrongBase before anything is computed."""
-    trials = [Trial(workspace, reference, base) for reference in references]
-    for trial in trials:
-        if trial.base_id != trials[0].base_id:
-            raise BadInput("these adapters belong to different bases; evaluate them in commands of their own.")
-    first = trials[0]
+    """Measure adapters of one base, and the plain base, on the same rows. Raises WrongBase before anything is computed.
+
+    Returns `tenant`, `base_id`, `data`, `num_rows` and `measured`: one object per adapter, the plain base (whose adapter_id is
+    None) first.
+    """
+    subjects = [Subject(workspace, reference) for reference in references]
+    first = subjects[0]
+    _refuse_mixtures(subjects, data)
+    path = first.find_base(base)
+    for subject in subjects[1:]:
+        subject.check(path)
     source, rows = first.rows(data)
-    evaluation = first.evaluation(generate)
-    measured = [{"adapter_id": None, "metrics": first.bench.evaluate(None, rows, evaluation)}]
-    for trial in trials:
-        metrics = first.bench.evaluate(trial.stored.adapter, rows, evaluation)
-        measured.append({"adapter_id": trial.stored.adapter_id, "reference": trial.reference, "metrics": metrics})
+    evaluation, bench = first.evaluation(generate), first.bench(path)
+    measured: list[dict[str, Any]] = [{"adapter_id": None, "reference": None, "metrics": bench.evaluate(None, rows, evaluation)}]
+    for subject in subjects:
+        metrics = bench.evaluate(subject.stored.adapter, rows, evaluation)
+        measured.append({"adapter_id": subject.stored.adapter_id, "reference": subject.reference, "metrics": metrics})
     return {"tenant": first.tenant, "base_id": first.base_id, "data": source, "num_rows": len(rows), "measured": measured}
 
 
-def evaluation_text(result: dict[str, Any]) -> str:
+def _refuse_mixtures(subjects: Sequence[Subject], data: str | None) -> None:
+    """One base is loaded; and nobody's adapter meets another tenant's rows unless a person names the rows."""
+    if len({subject.base_id for subject in subjects}) > 1:
+        raise BadInput("these adapters belong to different bases; evaluate them in commands of their own.")
+    tenants = sorted({subject.tenant for subject in subjects})
+    if len(tenants) > 1 and data is None:
+        raise BadInput(f"these adapters belong to different tenants ({', '.join(tenants)}); name the rows with --data.")
+
+
+def evaluation_text(result: Mapping[str, Any]) -> str:
     """Return an evaluation as a small table in plain text."""
-    names = list(result["measured"][0]["metrics"])
+    names = list(dict.fromkeys(name for row in result["measured"] for name in row["metrics"]))
     head = f"{'':<34}" + "".join(f"{name.removeprefix('eval/'):>17}" for name in names)
     lines = [f"{result['num_rows']} rows of {result['data']}, base {result['base_id']}", head]
     for row in result["measured"]:
         label = "plain base" if row["adapter_id"] is None else row["adapter_id"]
-        lines.append(f"{label:<34}" + "".join(f"{row['metrics'][name]:>17.4f}" for name in names))
+        lines.append(f"{label:<34}" + "".join(f"{row['metrics'].get(name, math.nan):>17.4f}" for name in names))
     return "\n".join(lines)
 
 
@@ -138,19 +166,33 @@ def generate(
     limit: int,
     base: Path | None = None,
     max_new_tokens: int | None = None,
-) -> list[Answer]:
-    """Generate answers of one adapter, to a prompt or to the first rows of a file (or of the job's own held-out rows)."""
-    trial = Trial(workspace, reference, base)
-    tokens = max_new_tokens or trial.evaluation(None).max_new_tokens
-    if prompt is None:
-        return trial.bench.answers(trial.stored.adapter, trial.rows(data)[1][:limit], tokens)
-    return trial.bench.answers(trial.stored.adapter, [_row_of(trial, prompt)], tokens)
+) -> list[dict[str, Any]]:
+    """Let an adapter answer a prompt, or the first rows of a file (or of the job's own held-out rows).
+
+    Returns objects with `where`, `generated` and `reference`: the answer that stands in the row, None for a prompt.
+    """
+    if prompt is not None and data is not None:
+        raise BadInput("--prompt and --data ask for two things; give one of them.")
+    subject = Subject(workspace, reference)
+    path = subject.find_base(base)
+    rows = subject.rows(data)[1][:limit] if prompt is None else [_row_of(subject, prompt)]
+    answers = subject.bench(path).answers(subject.stored.adapter, rows, max_new_tokens or subject.evaluation(None).max_new_tokens)
+    return [asdict(answer) | ({"reference": None} if prompt is not None else {}) for answer in answers]
 
 
-def _row_of(trial: Trial, prompt: str) -> Row:
+def answers_text(answers: Sequence[Mapping[str, Any]]) -> str:
+    """Return answers as lines: an answer alone for a prompt, beside what the row says otherwise."""
+    if all(answer["reference"] is None for answer in answers):
+        return "\n".join(answer["generated"] for answer in answers)
+    return "\n".join(
+        f"{answer['where']}\n  generated  {answer['generated']}\n  expected   {answer['reference']}" for answer in answers
+    )
+
+
+def _row_of(subject: Subject, prompt: str) -> Row:
     """Put a prompt into the form of the rows the adapter was trained on."""
-    known = trial.stored.manifest.get("data", {})
-    kind = load_rows(trial.workspace.store, trial.tenant, known["train"])[0].kind if known.get("train") else "messages"
+    known = subject.stored.manifest.get("data", {})
+    kind = load_rows(subject.workspace.store, subject.tenant, known["train"])[0].kind if known.get("train") else "messages"
     if kind == "messages":
         messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": "-"}]
         return Row({"messages": messages}, "the prompt")

@@ -21,26 +21,13 @@ from infra.tracking import Point
 from workers import layout
 from workers.checkpoint import Checkpoint, delete_checkpoint, load_checkpoint, save_checkpoint
 from workers.job import JOB_FORMAT, Job
+from workers.job_state import FRESH, STATE_FORMAT
 from workers.metrics_log import decode_number, encode_number, encode_points
 from workers.report import Checkpointed, Finished, JobStatus
 
-STATE_FORMAT = "state/1"
 RECORD_FORMAT = "record/1"
 DETERMINISTIC_FAILURES = ("non_finite", "bad_input", "no_effect")
 """Failures that would come again: the job's id covers all that alters its result."""
-FRESH: dict[str, Any] = {
-    "status": "queued",
-    "reason": "",
-    "checkpoint": None,
-    "chunks": [],
-    "adapter_id": None,
-    "record": None,
-    "metrics": {},
-    "num_steps": 0,
-    "best_step": 0,
-    "seconds": 0.0,
-    "num_tokens": 0,
-}
 
 
 @dataclass

@@ -31,11 +31,14 @@ from workers.engine.resident import ResidentBase, has_effect
 from workers.engine.training import StepResult, Training
 from workers.evaluate import answer_metrics, answer_rows
 from workers.job import Job
+from workers.job_state import is_asked_to_cancel
 from workers.loading import load_model
 from workers.report import Evaluated, Finished, JobEvent, JobStatus, Progress
 
 log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.25
+CANCEL_LOOK_SECONDS = 2.0
+"""Time between two looks into the store for a request to cancel, at least."""
 
 
 class Host(Protocol):
@@ -92,6 +95,7 @@ class EngineHost:
         self._path = Path()
         self._seat: _Seat | None = None
         self._events: list[JobEvent] = []
+        self._looked = time.monotonic()
 
     @property
     def num_free(self) -> int:
@@ -161,10 +165,22 @@ class EngineHost:
 
     def step(self) -> bool:
         seat = self._seat
+        if seat is not None and self._is_asked_to_cancel(seat):
+            self._guarded(seat.attempt, lambda: self._evict(seat, "cancelled"))
+            return True
         if seat is None or seat.waits:
             return False
         self._guarded(seat.attempt, lambda: self._advance(seat))
         return True
+
+    def _is_asked_to_cancel(self, seat: _Seat) -> bool:
+        """Look into the store now and then for a request that a person left there."""
+        now = time.monotonic()
+        if now - self._looked < CANCEL_LOOK_SECONDS:
+            return False
+        self._looked = now
+        job = seat.job
+        return is_asked_to_cancel(self._store, job.tenant, job.base.base_id, job.job_id, seat.attempt.lease.epoch)
 
     def _advance(self, seat: _Seat) -> None:
         """One optimiser step and what is due after it: evaluation, checkpoint, the end."""

@@ -22,6 +22,10 @@ def base(base_id: str) -> str:
     return f"bases/{_id(base_id)}/base.json"
 
 
+def bases() -> str:
+    return "bases/"
+
+
 def base_files(base_id: str) -> str:
     return f"bases/{_id(base_id)}/files/"
 
@@ -54,6 +58,10 @@ def job_state(tenant_: str, base_id: str, job_id: str) -> str:
     return f"{job(tenant_, base_id, job_id)}state.json"
 
 
+def job_cancel(tenant_: str, base_id: str, job_id: str) -> str:
+    return f"{job(tenant_, base_id, job_id)}cancel.json"
+
+
 def attempt(tenant_: str, base_id: str, job_id: str, epoch: int) -> str:
     return f"{job(tenant_, base_id, job_id)}attempts/{epoch:06d}/"
 
@@ -70,6 +78,15 @@ def manifest(tenant_: str, base_id: str, adapter_id: str) -> str:
     return f"{manifests(tenant_, base_id)}{_id(adapter_id)}.json"
 
 
+def parts_of_job_state(key: str) -> tuple[str, str, str] | None:
+    """Return (tenant, base_id, job_id) of a job state's key, None for any other key."""
+    match key.split("/"):
+        case ["tenants", tenant_, base_id, "jobs", job_id, "state.json"] if is_id(base_id) and is_id(job_id):
+            return tenant_, base_id, job_id
+        case _:
+            return None
+
+
 def parts_of_manifest(key: str) -> tuple[str, str, str] | None:
     """Return (tenant, base_id, adapter_id) of a manifest's key, None for any other key."""
     match key.split("/"):
@@ -79,8 +96,12 @@ def parts_of_manifest(key: str) -> tuple[str, str, str] | None:
             return None
 
 
+def evidence_of(tenant_: str, adapter_id: str) -> str:
+    return f"{tenant(tenant_)}evidence/{_id(adapter_id)}/"
+
+
 def evidence(tenant_: str, adapter_id: str, digest: str) -> str:
-    return f"{tenant(tenant_)}evidence/{_id(adapter_id)}/{_id(digest)}.json"
+    return f"{evidence_of(tenant_, adapter_id)}{_id(digest)}.json"
 
 
 def sweeps(tenant_: str) -> str:

@@ -1,0 +1,100 @@
+"""`lorafleet adapters verify|import`: adapters read in full, those that are stored and those that were made elsewhere."""
+
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from infra.errors import BadInput, ObjectNotFound, WorkFailed
+from infra.storage import Storage
+from pipelines.adapters import checked_name
+from pipelines.references import find_reference
+from pipelines.workspace import Workspace
+from workers import layout
+from workers.adapter import adapter_id
+from workers.adapter_files import read_adapter_folder
+from workers.adapter_store import load_adapter, store_adapter
+from workers.bases import add_base
+from workers.data.contract import prompt_contract
+from workers.fitting import refuse_unfit
+from workers.identity import identify
+from workers.manifests import AdapterRef, adapter_refs, read_manifest
+
+
+def verify(workspace: Workspace, references: Sequence[str]) -> list[dict[str, Any]]:
+    """Read adapters back, all if none is named, and say of each whether it is whole: digests, id, shapes, finite numbers."""
+    store = workspace.store
+    refs = [find_reference(store, one) for one in references] if references else list(adapter_refs(store))
+    return [_verified(store, ref) for ref in refs]
+
+
+def _verified(store: Storage, ref: AdapterRef) -> dict[str, Any]:
+    problem = None
+    try:
+        load_adapter(store, *ref)
+    except (BadInput, WorkFailed, ObjectNotFound) as error:
+        problem = str(error)
+    return {
+        "adapter_id": ref.adapter_id,
+        "base_id": ref.base_id,
+        "tenant": ref.tenant,
+        "ok": problem is None,
+        "problem": problem,
+    }
+
+
+def verification_text(results: Sequence[Mapping[str, Any]]) -> str:
+    """Return a line for each adapter and one with the total."""
+    lines = [f"{one['adapter_id']}  {one['tenant']}  {'ok' if one['ok'] else 'DAMAGED: ' + one['problem']}" for one in results]
+    damaged = sum(not one["ok"] for one in results)
+    return "\n".join([*lines, f"{len(results)} adapters read, {damaged} of them damaged."])
+
+
+def import_adapter(workspace: Workspace, folder: Path, base: Path, tenant: str, task: str | None) -> dict[str, Any]:
+    """Store a PEFT folder that was made elsewhere, after its factors were found to fit the base. May be repeated.
+
+    Returns `adapter_id`, `base_id`, `tenant`, `task` and `imported` (False if it was there before). Raises BadInput if the
+    folder cannot be taken as it is, or does not fit the base.
+    """
+    for name in (tenant, task):
+        if name is not None:
+            checked_name(name)
+    adapter = read_adapter_folder(folder)
+    identity = identify(base, workspace.services.cache_dir)
+    contract = prompt_contract(base)
+    refuse_unfit(adapter, base)
+    ref = AdapterRef(tenant, identity.base_id, adapter_id(identity.base_id, adapter))
+    is_new = workspace.store.head(layout.manifest(*ref)) is None
+    add_base(workspace.store, base, identity)
+    if is_new:
+        body = _imported_body(adapter.config, folder, base, task, contract)
+        store_adapter(workspace.store, tenant, identity.base_id, adapter, body)
+    return {**ref._asdict(), "task": read_manifest(workspace.store, ref).get("task"), "imported": is_new}
+
+
+def _imported_body(config: Mapping[str, Any], folder: Path, base: Path, task: str | None, contract: str) -> dict[str, Any]:
+    """Return what a manifest says of an adapter without a job; its prompt contract is that of the base's folder."""
+    return {
+        "job_id": None,
+        "task": task,
+        "task_type": config["task_type"] or "CAUSAL_LM",
+        "base_model_name_or_path": str(base),
+        "trust_remote_code": False,
+        "prompt_contract": contract,
+        "training_view": None,
+        "data": {},
+        "init_adapter_id": None,
+        "metrics": {},
+        "created": time.time(),
+        "imported": {"folder": str(folder.resolve()), "base_path": str(base.resolve())},
+    }
+
+
+def import_text(result: Mapping[str, Any]) -> str:
+    """Return the end of an import as lines."""
+    how = "imported" if result["imported"] else "was in the store already"
+    task = "" if result["task"] else " --task TASK"
+    return (
+        f"adapter {result['adapter_id']} {how}: tenant {result['tenant']}, base {result['base_id']}\n"
+        f"promote it with: lorafleet promote {result['adapter_id'][:12]}{task}"
+    )
