@@ -9,6 +9,7 @@ from infra.errors import BadInput, ServiceUnavailable
 from infra.local_launch import ThreadLauncher
 from infra.services import Services
 from infra.settings import Settings, load_settings
+from infra.stores import probe
 from tests.contracts.storage_servers import S3Server
 
 
@@ -32,7 +33,7 @@ def test_services_rebuilt_elsewhere_open_the_same_store(tmp_path: Path) -> None:
 def test_s3_settings_open_an_s3_store(tmp_path: Path, moto: S3Server) -> None:
     bucket = moto.new_bucket()
     services = Services(load_settings(tmp_path, {"LORAFLEET_STORE": f"s3://{bucket}/p", "LORAFLEET_S3_ENDPOINT_URL": moto.url}))
-    services.check_at_start()
+    probe(services.store)
     assert services.store.uri == f"s3://{bucket}/p"
 
 
