@@ -122,14 +122,15 @@ def no_mirror(trial: Trial, study: Study) -> None:
 
 
 class StudyMirror:
-    """Copies ended trials to an Optuna storage at `url`, for Optuna's dashboard; the study is called "<tenant>/<sweep>".
+    """Copies ended trials to an Optuna storage at `url`, for Optuna's dashboard.
 
-    Nothing is read back from it into a sweep. Best effort: trials appear in the order in which they ended, with their number as the user attribute `lorafleet.trial`; what
-    the storage did not take is taken up by the next process that continues the sweep. A failing storage is reported once.
+    Nothing is read back from it into a sweep. Best effort: trials appear in the order in which they ended, with their number as
+    the user attribute `lorafleet.trial`; what the storage did not take is taken up by the next process that continues the
+    sweep. A failing storage is reported once.
     """
 
-    def __init__(self, url: str, spec: SweepSpec) -> None:
-        self._url, self._spec = url, spec
+    def __init__(self, url: str, study_name: str, spec: SweepSpec) -> None:
+        self._url, self._name, self._spec = url, study_name, spec
         self._study: optuna.Study | None = None
         self._known: set[int] = set()
         self._failed = False
@@ -152,7 +153,7 @@ class StudyMirror:
             directions = [objective.direction for objective in self._spec.objectives]
             self._study = optuna.create_study(
                 storage=self._url,
-                study_name=f"{self._spec.base_job.tenant}/{self._spec.name}",
+                study_name=self._name,
                 directions=directions,
                 load_if_exists=True,
             )

@@ -172,7 +172,7 @@ def test_mirror_shows_ended_trials_once_in_optunas_storage(tmp_path: Path) -> No
     spec, url = SPECS["random"], f"sqlite:///{tmp_path / 'studies.db'}"
     game = Game(spec).play(8)
     for _ in range(2):
-        mirror = StudyMirror(url, spec)
+        mirror = StudyMirror(url, "acme/curves", spec)
         for trial in game.trials:
             mirror(trial, game.study)
     found = optuna.load_study(storage=url, study_name="acme/curves").trials
@@ -185,7 +185,7 @@ def test_mirror_shows_ended_trials_once_in_optunas_storage(tmp_path: Path) -> No
 
 def test_mirror_that_fails_is_reported_once_and_stops_nothing(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     game = Game(SPECS["random"]).play(3)
-    mirror = StudyMirror(f"sqlite:///{tmp_path / 'no' / 'such' / 'folder.db'}", SPECS["random"])
+    mirror = StudyMirror(f"sqlite:///{tmp_path / 'no' / 'such' / 'folder.db'}", "acme/curves", SPECS["random"])
     with caplog.at_level(logging.WARNING, logger="sweeps.study"):
         for trial in game.trials:
             mirror(trial, game.study)
