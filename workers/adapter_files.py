@@ -33,6 +33,7 @@ WITHOUT_EFFECT = frozenset({
 })
 """Keys that only steered how the adapter was made; which layers it has is read from its tensors. Others must be empty."""
 # fmt: on
+HARMLESS_INITS = ("true", "false", "gaussian", "orthogonal", "eva")
 BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 """Initialisations that alter the base's weights (PEFT: convert with path_initial_model_for_weight_conversion)."""
 
@@ -100,6 +101,10 @@ def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
         raise BadInput(
             f"{where} was initialised with {init}, which changed its base; save it again with PEFT's "
             "save_pretrained(path_initial_model_for_weight_conversion=...)."
+        )
+    if init not in HARMLESS_INITS:
+        raise BadInput(
+            f"{where} uses init_lora_weights {init[:60]!r}, which this version does not know; it takes plain LoRA only."
         )
     for key in sorted(raw.keys() - CARRIED - WITHOUT_EFFECT):
         if raw[key]:
