@@ -13,7 +13,7 @@ import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import boto3.session
 import pytest
@@ -77,7 +77,7 @@ def rclone_server(folder: Path) -> Iterator[S3Server]:
     port = free_port()
     served = folder / "served"
     served.mkdir()
-    command = [str(rclone), "serve", "s3", str(served), "--addr", f"127.0.0.1:{port}", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}"]
+    command = [rclone, "serve", "s3", str(served), "--addr", f"127.0.0.1:{port}", "--auth-key", f"{ACCESS_KEY},{SECRET_KEY}"]
     with _running([*command, "--config", str(folder / "rclone.conf")], port, folder):
         yield S3Server(f"http://127.0.0.1:{port}", checks_sha256=False)
 
@@ -88,7 +88,7 @@ def require(package: str) -> None:
         missing(f"the package {package} is not installed")
 
 
-def missing(reason: str) -> None:
+def missing(reason: str) -> NoReturn:
     """Skip for `reason`, or fail for it in continuous integration, where everything is installed."""
     if os.environ.get("CI"):
         pytest.fail(f"{reason}, and CI is set")

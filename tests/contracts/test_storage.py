@@ -195,7 +195,7 @@ def test_of_many_who_put_if_absent_exactly_one_wins(store: Storage) -> None:
 
 def test_increments_by_compare_and_put_from_sixteen_threads_add_up(store: Storage) -> None:
     """Each increment leaves its own mark: a put that won unseen and was then overtaken is found by it."""
-    num_threads, num_each = 16, 20 if isinstance(store, LocalStorage) else 1
+    num_threads, num_each = 16, 8 if isinstance(store, LocalStorage) else 1
     store.put("counter", b"")
 
     def increment(mark: str) -> None:
