@@ -118,7 +118,7 @@ def peer_main(folder: Path, num_trials: int, num_steps: int) -> None:
     from ray import tune
 
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
-    ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     space = {"point": tune.grid_search([json.dumps(point) for point in points(num_trials)])}
     fixed = {"folder": str(folder), "num_steps": num_steps}
     tuner = tune.Tuner(

@@ -120,7 +120,7 @@ class MlflowTracker:
     def run_id(self, key: str) -> str | None:
         """Return MLflow's own id of a run, None if it has none with this key."""
         run = self._find(key)
-        return run and str(run.info.run_id)
+        return None if run is None else str(run.info.run_id)
 
     def _run_id(self, key: str) -> str:
         if key not in self._run_ids:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.crashpoints import crashpoint
-from infra.errors import BadInput
+from infra.errors import BadInput, ClaimHeld
 from pipelines.files import load_sweep
 from pipelines.promote import register_best
 from pipelines.workspace import Tracking, Workspace
-from sweeps.ledger import read_header
+from sweeps.ledger import read_spec
 from sweeps.projection import sweep_key, trial_key
 from sweeps.report import write_report
 from sweeps.run import Surroundings, SweepResult, run_sweep
@@ -17,7 +17,8 @@ from sweeps.spec import SweepSpec
 from sweeps.study import StudyMirror, no_mirror
 from sweeps.view import SweepView
 from workers import layout
-from workers.job import Job
+from workers.fleet import HostFleet
+from workers.resolve import Resolver
 
 
 @dataclass(frozen=True)
@@ -60,41 +61,35 @@ def anchored(spec: SweepSpec, folder: Path) -> SweepSpec:
 
 
 def run_spec(workspace: Workspace, spec: SweepSpec, on_change: Callable[[SweepView], None] = lambda view: None) -> SweepOutcome:
-    """Run a sweep. Everything wrong is found before a host is started."""
-    workspace.services.check_at_start()
-    resolver = workspace.resolver(Path.cwd())
-    job = resolver.resolve(spec.base_job)
-    _check_register(spec)
-    with workspace.tracking(f"sweep-{job.tenant}-{spec.name}") as tracking:
-        fleet = workspace.fleet(num_threads=job.spec.resources.num_threads, max_hosts=spec.max_concurrent)
-        try:
-            result = run_sweep(
-                spec,
-                Surroundings(
-                    store=workspace.store,
-                    fleet=fleet,
-                    resolve=resolver.resolve,
-                    tracking_log=tracking.log,
-                    tracker=workspace.services.tracker(),
-                    owner=workspace.owner,
-                    lease_seconds=workspace.settings.lease_seconds,
-                    on_change=on_change,
-                    mirror=_mirror(workspace, spec),
-                ),
-            )
-        finally:
-            fleet.close(preempt=True)
-        registered, note = _register(workspace, spec, result, job, tracking)
-        report = _report(workspace, result, tracking)
+    """Run a sweep. Everything wrong is found before the first trial is recorded."""
+    job = spec.base_job
+    with workspace.fleet(job.resources.num_threads, min(spec.max_concurrent, spec.num_trials)) as fleet:
+        workspace.services.check_at_start()
+        resolver = workspace.resolver(Path.cwd())
+        base_id = resolver.resolve(job).base.base_id
+        _check_register(spec)
+        with _tracking(workspace, job.tenant, spec.name) as tracking:
+            result = run_sweep(spec, _surroundings(workspace, spec, fleet(), resolver, tracking, on_change))
+            registered, note = _register(workspace, spec, result, base_id, tracking)
+            report = _report(workspace, result, tracking)
     notes = (*resolver.notes, *result.notes, *([note] if note else []))
     return SweepOutcome(result, registered, report, notes, tracking.num_left)
+
+
+def _tracking(workspace: Workspace, tenant: str, name: str) -> Tracking:
+    """Open the sweep's tracking log, which a driver holds from its start on: earlier than its claim, and in its home only."""
+    try:
+        return workspace.tracking(f"sweep-{tenant}-{name}")
+    except ClaimHeld as error:
+        raise ClaimHeld(
+            f"Sweep '{name}' is driven by another process; wait for it, or end it with 'lorafleet sweep stop {name}'."
+        ) from error
 
 
 def resume(workspace: Workspace, reference: str, on_change: Callable[[SweepView], None] = lambda view: None) -> SweepOutcome:
     """Go on with a sweep by its name, from what the store keeps of it."""
     tenant, name = find_sweep(workspace, reference)
-    header = read_header(workspace.store, tenant, name)
-    return run_spec(workspace, header.spec, on_change)
+    return run_spec(workspace, read_spec(workspace.store, tenant, name), on_change)
 
 
 def find_sweep(workspace: Workspace, reference: str) -> tuple[str, str]:
@@ -133,6 +128,27 @@ def report_of(workspace: Workspace, tenant: str, name: str) -> Path:
     return write_report(workspace.store, tenant, name, folder / f"{tenant}-{name}.html")
 
 
+def _surroundings(
+    workspace: Workspace,
+    spec: SweepSpec,
+    fleet: HostFleet,
+    resolver: Resolver,
+    tracking: Tracking,
+    on_change: Callable[[SweepView], None],
+) -> Surroundings:
+    return Surroundings(
+        store=workspace.store,
+        fleet=fleet,
+        resolve=resolver.resolve,
+        tracking_log=tracking.log,
+        tracker=workspace.services.tracker(),
+        owner=workspace.owner,
+        lease_seconds=workspace.settings.lease_seconds,
+        on_change=on_change,
+        mirror=_mirror(workspace, spec),
+    )
+
+
 def _report(workspace: Workspace, result: SweepResult, tracking: Tracking) -> Path:
     path = report_of(workspace, result.tenant, result.name)
     tracking.log.file(sweep_key(result.tenant, result.name), path, "report")
@@ -152,7 +168,7 @@ def _mirror(workspace: Workspace, spec: SweepSpec) -> Callable[..., None]:
 
 
 def _register(
-    workspace: Workspace, spec: SweepSpec, result: SweepResult, job: Job, tracking: Tracking
+    workspace: Workspace, spec: SweepSpec, result: SweepResult, base_id: str, tracking: Tracking
 ) -> tuple[str | None, str | None]:
     """Offer the best adapter to the task, with its evidence; return its reference and what a person should know."""
     best, offer = result.best, spec.register_best
@@ -166,7 +182,7 @@ def _register(
         tenant=result.tenant,
         task=task,
         adapter_id=best.adapter_id,
-        base_id=job.base.base_id,
+        base_id=base_id,
         job_id=best.job_id,
         sweep=result.name,
         metrics=best.metrics,

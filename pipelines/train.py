@@ -9,9 +9,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from infra.tracking import RunStart
+from infra.tracking_log import TrackingLog
 from pipelines.files import load_job
 from pipelines.workspace import Workspace
 from workers import report
+from workers.fleet import HostFleet
 from workers.job import Job
 from workers.metrics_log import decode_points
 from workers.report import Checkpointed, Evaluated, Finished, JobEvent
@@ -35,45 +37,50 @@ def train(
 ) -> TrainOutcome:
     """Train one job. Raises BadInput and its kin before anything is launched; a failed training is an outcome."""
     spec, folder = load_job(path, overrides)
-    workspace.services.check_at_start()
-    resolver = workspace.resolver(folder)
-    job = resolver.resolve(spec)
-    with workspace.tracking(f"job-{job.tenant}-{job.job_id}") as tracking:
-        log, key = tracking.log, f"{job.tenant}/jobs/{job.job_id}"
-        log.run(RunStart(key, job.tenant, f"{spec.task}-{job.job_id[:8]}", tags=tags_of(job), params=params_of(job)))
-        shipped: set[str] = set()
-
-        def ship(chunk: str) -> None:
-            if chunk and chunk not in shipped:
-                shipped.add(chunk)
-                log.points(key, decode_points(workspace.store.get(chunk)[0]))
-
-        finished = _drive(workspace, job, on_event, ship)
-        for chunk in finished.chunks:
-            ship(chunk)
-        if finished.adapter_id is not None:
-            log.tags(key, {"lorafleet.adapter_id": finished.adapter_id})
-        log.end(key, f"{finished.status}({finished.reason})" if finished.reason else finished.status)
+    with workspace.fleet(spec.resources.num_threads, max_hosts=1) as fleet:
+        workspace.services.check_at_start()
+        resolver = workspace.resolver(folder)
+        job = resolver.resolve(spec)
+        with workspace.tracking(f"job-{job.tenant}-{job.job_id}") as tracking:
+            finished = _train_tracked(workspace, job, fleet(), tracking.log, on_event)
     return TrainOutcome(job, finished, tuple(resolver.notes), tracking.num_left)
 
 
-def _drive(workspace: Workspace, job: Job, on_event: Callable[[JobEvent], None], ship: Callable[[str], None]) -> Finished:
-    """Have the job trained to its end; Ctrl-C checkpoints it first."""
-    fleet = workspace.fleet(num_threads=job.spec.resources.num_threads, max_hosts=1)
-    try:
-        fleet.submit(job)
-        while True:
-            for event in fleet.events(WAIT_SECONDS):
-                on_event(event)
-                match event:
-                    case Evaluated(final=False):
-                        fleet.decide(job.job_id, True)
-                    case Checkpointed(chunk=chunk):
-                        ship(chunk)
-                    case Finished():
-                        return event
-    finally:
-        fleet.close(preempt=True)
+def _train_tracked(
+    workspace: Workspace, job: Job, fleet: HostFleet, log: TrackingLog, on_event: Callable[[JobEvent], None]
+) -> Finished:
+    """Have the job trained, and its run told in the tracking log: each chunk of points once, when it is safe in the store."""
+    key = f"{job.tenant}/jobs/{job.job_id}"
+    log.run(RunStart(key, job.tenant, f"{job.spec.task}-{job.job_id[:8]}", tags=tags_of(job), params=params_of(job)))
+    shipped: set[str] = set()
+
+    def ship(chunk: str) -> None:
+        if chunk and chunk not in shipped:
+            shipped.add(chunk)
+            log.points(key, decode_points(workspace.store.get(chunk)[0]))
+
+    finished = _drive(fleet, job, on_event, ship)
+    for chunk in finished.chunks:
+        ship(chunk)
+    if finished.adapter_id is not None:
+        log.tags(key, {"lorafleet.adapter_id": finished.adapter_id})
+    log.end(key, f"{finished.status}({finished.reason})" if finished.reason else finished.status)
+    return finished
+
+
+def _drive(fleet: HostFleet, job: Job, on_event: Callable[[JobEvent], None], ship: Callable[[str], None]) -> Finished:
+    """Have the job trained to its end."""
+    fleet.submit(job)
+    while True:
+        for event in fleet.events(WAIT_SECONDS):
+            on_event(event)
+            match event:
+                case Evaluated(final=False):
+                    fleet.decide(job.job_id, True)
+                case Checkpointed(chunk=chunk):
+                    ship(chunk)
+                case Finished():
+                    return event
 
 
 def tags_of(job: Job) -> dict[str, str]:

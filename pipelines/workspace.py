@@ -1,20 +1,25 @@
 """What every command works in: settings, services, and the directory a person stands in."""
 
 import getpass
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from infra.claims import Owner
 from infra.logs import set_up_logs
 from infra.services import Services
 from infra.settings import Settings, load_settings
-
-from infra.claims import Owner
 from infra.storage import Storage
 from infra.tracking_log import Shipper, TrackingLog
 from pipelines.references import find_reference
 from workers.fleet import HostFleet
-from workers.resolve import Resolver
+
+if TYPE_CHECKING:
+    from workers.resolve import Resolver
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,9 @@ class Workspace:
     def owner(self) -> Owner:
         return Owner.here()
 
-    def resolver(self, folder: Path) -> Resolver:
+    def resolver(self, folder: Path) -> "Resolver":
         """Return what pins job specs whose paths start at `folder`."""
+        from workers.resolve import Resolver  # loads tokenizers, and torch with them, which most commands do without
 
         def find(tenant: str, reference: str) -> tuple[str, str]:
             found = find_reference(self.store, reference, tenant)
@@ -56,9 +62,23 @@ class Workspace:
 
         return Resolver(self.store, folder, self.services.cache_dir, find)
 
-    def fleet(self, num_threads: int = 1, max_hosts: int | None = None) -> HostFleet:
-        """Start the launcher and a fleet over it. Close the fleet to stop both."""
-        return HostFleet(self.services, self.services.launcher(), num_threads=num_threads, max_hosts=max_hosts)
+    @contextmanager
+    def fleet(self, num_threads: int, max_hosts: int) -> Iterator[Callable[[], HostFleet]]:
+        """Start the launcher and a fleet in the background; calling what this yields waits for it. Closed at the end.
+
+        Starting takes seconds, in which the caller finds out whether there is anything to train.
+        """
+
+        def start() -> HostFleet:
+            return HostFleet(self.services, self.services.launcher(), num_threads=num_threads, max_hosts=max_hosts)
+
+        with ThreadPoolExecutor(1, "start-fleet") as pool:
+            starting = pool.submit(start)
+            try:
+                yield starting.result
+            finally:
+                if starting.exception() is None:
+                    starting.result().close(preempt=True)
 
     def tracking(self, name: str) -> "Tracking":
         """Open the local tracking log `name` and the shipper that replays it."""

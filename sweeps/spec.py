@@ -127,6 +127,8 @@ class RegisterSpec(StrictModel):
     @field_validator("alias")
     @classmethod
     def _is_free(cls, alias: str) -> str:
+        if alias in ("champion", "previous"):
+            raise ValueError(f"{alias!r} is moved by promote and rollback only; use 'challenger'")
         if alias == "latest" or re.fullmatch(r"v\d+", alias):
             raise ValueError(f"{alias!r} is reserved by the registry; use 'challenger'")
         return alias

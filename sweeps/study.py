@@ -61,13 +61,16 @@ class Study:
         return self._start(number, _prescribed(self._spec, number))
 
     def report(self, number: int, step: int, value: float) -> bool:
-        """Note an intermediate value; return True if the trial should be pruned. A step that is known gets its old answer."""
+        """Note an intermediate value; return True if the trial should be pruned. A step that is known gets its old answer.
+
+        An enqueued trial is never pruned: somebody asked for it by name, and the report compares with it.
+        """
         verdicts = self._verdicts[number]
         if len(self._spec.objectives) > 1:
             return False
         if step not in verdicts:
             self._trials[number].report(value, step)
-            verdicts[step] = self._trials[number].should_prune()
+            verdicts[step] = self._trials[number].should_prune() and number >= len(self._spec.enqueue)
         return verdicts[step]
 
     def copy(self, number: int, step: int, value: float) -> None:

@@ -105,11 +105,16 @@ def rungs_of(spec: SweepSpec, trials: Sequence[Trial]) -> tuple[Rung, ...]:
 
 
 def seconds_left(spec: SweepSpec, views: Sequence[TrialView], seconds: float) -> float | None:
-    """Return the time left if trials go on ending at the rate so far; a live trial counts by its share of steps."""
-    done = sum(_share_done(view) for view in views)
-    if all(view.status == "running" for view in views) or done <= 0.0:
+    """Return the time left if trials go on ending at the rate so far; a live trial counts by its share of steps.
+
+    Trials that never trained (infeasible ones, copies) say nothing of the rate.
+    """
+    trained = [view for view in views if view.status == "running" or (view.step > 0 and view.duplicate_of is None)]
+    done = sum(_share_done(view) for view in trained)
+    if all(view.status == "running" for view in trained) or done <= 0.0:
         return None
-    return max(0.0, spec.num_trials - done) * seconds / done
+    to_come = spec.num_trials - len(views) + sum(1.0 - _share_done(view) for view in trained)
+    return max(0.0, to_come) * seconds / done
 
 
 def _share_done(view: TrialView) -> float:

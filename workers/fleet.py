@@ -74,6 +74,21 @@ def after_loss(losses_in_a_row: int) -> Literal["retry", "give_up"]:
     return "give_up" if losses_in_a_row >= MAX_LOSSES_IN_A_ROW else "retry"
 
 
+def after_failure(reason: str) -> Literal["tell", "wait", "count"]:
+    """Decide about a job whose attempt ended without a word in its state, or failed for good.
+
+    Another owner lives ("held", "claim_lost"), such as a host whose driver was killed a moment ago: the job waits for it to let
+    go. A store that did not answer counts as a lost host. Everything else is how the job ended.
+    """
+    match reason.partition(":")[0]:
+        case "held" | "claim_lost":
+            return "wait"
+        case "store":
+            return "count"
+        case _:
+            return "tell"
+
+
 def next_job(queue: Sequence[Job], resident: Residency | None) -> int:
     """Return the index of the job that a free host should take: highest priority, then the host's own base, then the oldest."""
 
@@ -107,7 +122,7 @@ class _Losses:
 
 
 class HostFleet:
-    """Hosts launched on demand, one job each, up to what the launcher's machines hold or `max_hosts`."""
+    """Hosts with one job each: as many as the launcher's machines hold, `max_hosts` at most. A lost one is replaced when needed."""
 
     def __init__(self, services: Services, launcher: Launcher, *, num_threads: int = 1, max_hosts: int | None = None) -> None:
         self._services, self._launcher = services, launcher
@@ -119,6 +134,8 @@ class HostFleet:
         self._told: deque[JobEvent] = deque()
         self._losses = _Losses()
         self._numbers = itertools.count(1)
+        for _ in range(self._num_places):  # they load their libraries while the driver still looks at base and data
+            self._launch_host()
 
     @property
     def num_places(self) -> int:
@@ -197,17 +214,28 @@ class HostFleet:
             self._losses.forget(event.job_id)
         if isinstance(event, Finished) and seat.job is not None and seat.job.job_id == event.job_id:
             job, seat.job = seat.job, None
-            if event.status == "failed" and event.reason.startswith("claim_lost"):
-                self._queue.append(job)
+            if event.status == "failed" and self._is_tried_again(seat, job, event.reason):
                 return
         self._told.append(event)
 
+    def _is_tried_again(self, seat: _HostSeat, job: Job, reason: str) -> bool:
+        match after_failure(reason):
+            case "wait":
+                log.info("job %s waits for its turn (%s)", job.job_id, reason)
+                self._queue.append(job)
+            case "count":
+                self._count_loss(seat, job, reason)
+            case "tell":
+                return False
+        return True
+
     def _lose(self, seat: _HostSeat, reason: str) -> None:
-        job = seat.job
-        if job is None:
-            return
+        if seat.job is not None:
+            self._count_loss(seat, seat.job, reason)
+
+    def _count_loss(self, seat: _HostSeat, job: Job, reason: str) -> None:
         losses = self._losses.add(job.job_id)
-        log.warning("host %s is gone (%s); job %s lost its host %d times in a row", seat.handle.name, reason, job.job_id, losses)
+        log.warning("host %s lost job %s (%s), the %d. loss in a row", seat.handle.name, job.job_id, reason, losses)
         if after_loss(losses) == "retry":
             self._queue.append(job)
         else:
@@ -232,6 +260,9 @@ class HostFleet:
             return free[0]
         if len(self._hosts) >= self._num_places:
             return None
+        return self._launch_host()
+
+    def _launch_host(self) -> _HostSeat:
         handle = self._launcher.launch(HostTask(self._services), f"host-{next(self._numbers)}", self._resources)
         self._hosts.append(_HostSeat(handle))
         return self._hosts[-1]

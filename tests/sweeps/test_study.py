@@ -152,6 +152,15 @@ def test_known_step_gets_its_old_answer() -> None:
     assert not study.is_condemned(0)
 
 
+def test_enqueued_trial_is_never_pruned() -> None:
+    study = Study(sweep(enqueue=[{"peft.r": 16}], sampler={"type": "random", "seed": 5}, pruner=ASHA))
+    for number in range(3):
+        study.ask(number)
+    for number, value in ((2, 1.0), (1, 2.0), (0, 9.0)):
+        verdict = study.report(number, 10, value)
+        assert verdict is (number == 1)
+
+
 def num_large_asked(status: str) -> int:
     """How many of the last 30 of 60 trials ask for more than 50 where these end with `status` and all others are equally good."""
     study = Study(sweep(space={"peft.r": {"type": "int", "low": 1, "high": 100}}, sampler={"type": "tpe", "seed": 1}))
