@@ -279,16 +279,19 @@ def test_two_uploads_with_other_shards_leave_one_whole_set(local_store: LocalSto
     assert verify_base(local_store, whole.base_id)["uploaded"]
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json"])
 @pytest.mark.parametrize("damage", ["flip", "truncate", "delete"])
-def test_damaged_upload_is_found_before_any_load(local_store: LocalStorage, base: Path, tmp_path: Path, damage: str) -> None:
+def test_damaged_upload_is_found_before_any_load(
+    local_store: LocalStorage, base: Path, tmp_path: Path, damage: str, name: str
+) -> None:
     identity = identify(base)
     add_base(local_store, base, identity, upload=True)
-    (key,) = [info.key for info in local_store.list(layout.base_files(identity.base_id)) if info.key.endswith(".safetensors")]
+    (key,) = [info.key for info in local_store.list(layout.base_files(identity.base_id)) if info.key.endswith(name)]
     data = bytearray((local_store.root / key).read_bytes())
     if damage == "delete":
         local_store.delete(key)
     elif damage == "truncate":
-        (local_store.root / key).write_bytes(data[:-8])
+        (local_store.root / key).write_bytes(data[:-1])
     else:
         data[-1] ^= 1
         local_store.put(key, bytes(data))
@@ -296,6 +299,6 @@ def test_damaged_upload_is_found_before_any_load(local_store: LocalStorage, base
         lambda: verify_base(local_store, identity.base_id),
         lambda: materialise(identity.base_id, None, local_store, tmp_path),
     ):
-        with pytest.raises((BadInput, WorkFailed), match="damaged|lost"):
+        with pytest.raises((BadInput, WorkFailed), match="is damaged|has lost"):
             attempt()
     assert not (tmp_path / "bases" / identity.base_id).exists()
