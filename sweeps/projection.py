@@ -52,14 +52,20 @@ class Projection:
         """The sweep is driven no longer."""
         self._log.end(self._parent, status)
 
-    def start_trial(self, trial: Trial) -> None:
-        """A trial began (or goes on)."""
+    def start_trial(self, trial: Trial, *, again: bool = False) -> None:
+        """A trial began; `again`: it goes on, whatever was told of it."""
         params = {path: str(value) for path, value in trial.params.items()}
         name = f"{self._header.spec.name}-{trial.number:04d}"
         key = self._key(trial.number)
         self._log.run(
             RunStart(key, self._header.tenant, name, self._parent, self._trial_tags(trial), params, round(trial.started * 1000))
         )
+        if again:
+            self._log.end(key, "running")
+
+    def pause_trial(self, number: int) -> None:
+        """A trial is driven no longer, and will go on."""
+        self._log.end(self._key(number), "preempted")
 
     def chunk(self, number: int, chunk: str, attempt: int | None = None) -> None:
         """The points in a chunk are safe; `attempt` is the epoch that measured them."""

@@ -233,6 +233,8 @@ class _Driver:
         status, reason = self._limit or ("complete", "")
         if self._preempted is not None:
             status, reason = "preempted", self._preempted
+            for trial in self.ledger.live():
+                self.projection.pause_trial(trial.number)
         self.projection.end(f"{status}({reason})" if reason else status)
         self.lease.release({"seconds": self.seconds, "status": status})
         trials = list(self.ledger.trials.values())
@@ -305,10 +307,10 @@ class _Driver:
                 f"Trial {trial.number} of the sweep '{self.header.spec.name}' was job {trial.job_id}, and would now be "
                 f"{job.job_id}; restore the adapter or data it was started with, or start a new sweep."
             )
-        self._go_on(trial, job)
+        self._go_on(trial, job, again=True)
 
-    def _go_on(self, trial: Trial, job: Job) -> None:
-        self.projection.start_trial(trial)
+    def _go_on(self, trial: Trial, job: Job, *, again: bool = False) -> None:
+        self.projection.start_trial(trial, again=again)
         if trial.duplicate_of is None:
             self._numbers[job.job_id] = trial.number
             self.around.fleet.submit(job)
