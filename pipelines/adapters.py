@@ -49,16 +49,16 @@ def _named_task(tenant: str | None, task: str | None) -> tuple[str | None, str |
         if tenant not in (None, of):
             raise BadInput(f"--task names the tenant '{of}' and --tenant '{tenant}'; give one of them.")
         tenant = of
-    for name in (tenant, task):
-        if name is not None:
-            checked_name(name)
+    refuse_bad_names(tenant, task)
     return tenant, task
 
 
-def checked_name(name: str) -> str:
-    """Return the name of a tenant or task; raise BadInput with the rule if it is none."""
+def refuse_bad_names(*names: str | None) -> None:
+    """Raise BadInput with the rule if one of these tenants or tasks, where given, is no name."""
     try:
-        return check_name(name)
+        for name in names:
+            if name is not None:
+                check_name(name)
     except ValueError as error:
         raise BadInput(f"{error}.") from None
 

@@ -7,14 +7,16 @@ import logging
 import sys
 from collections.abc import Sequence
 
-import click
 import typer
 from rich.console import Console
 
 from infra.errors import LorafleetError
-from pipelines.cli_common import app, load
+from pipelines.cli_common import app, load, print_text
 
 log = logging.getLogger("lorafleet")
+INTERRUPTED = 130
+"""What typer answers for a Ctrl-C, as shells do."""
+
 for module in ("cli_making", "cli_registry", "cli_operations"):  # --help lists the commands in this order
     load(f"pipelines.{module}")
 
@@ -25,21 +27,20 @@ def main() -> None:
 
 
 def _run(arguments: Sequence[str]) -> int:
+    if not logging.getLogger().handlers:
+        # Until a command has set up the logs, Python itself would print warnings and tracebacks to stderr.
+        logging.getLogger().addHandler(logging.NullHandler())
     command = typer.main.get_command(app)
     try:
         result = command.main(args=list(arguments), prog_name="lorafleet", standalone_mode=False)
-        return result if isinstance(result, int) else 0
-    except click.exceptions.Exit as error:
-        return error.exit_code
-    except click.exceptions.NoArgsIsHelpError as error:
-        error.show(sys.stdout)
-        return 0
-    except click.ClickException as error:
-        error.show()
-        return 2
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        _say("interrupted: what was running is checkpointed; the same command continues.")
-        return 130
+        code = result if isinstance(result, int) else 0
+        if code == INTERRUPTED:
+            _say("interrupted: what was running is checkpointed; the same command continues.")
+        return code
+    except typer.TyperException as error:
+        return _misused(error)
+    except typer.Abort:
+        return INTERRUPTED
     except LorafleetError as error:
         log.debug("failed", exc_info=True)
         _say(str(error))
@@ -47,9 +48,22 @@ def _run(arguments: Sequence[str]) -> int:
     except BrokenPipeError:
         return 0
     except Exception as error:  # the last line of defence: a person gets a sentence, the log file the traceback
-        log.critical("unexpected error", exc_info=True)
+        log.debug("unexpected error", exc_info=True)
         _say(f"unexpected {type(error).__name__}: {error}. This is a defect of lorafleet; the log file in its home tells more.")
         return 1
+
+
+def _misused(error: typer.TyperException) -> int:
+    """Say what is wrong with the words of a command; a group of commands without one gets its help."""
+    context = getattr(error, "ctx", None)
+    if context is None:
+        _say(error.format_message())
+        return 2
+    if error.message == context.get_help():
+        print_text(error.message)
+        return 0
+    _say(f"{error.format_message().rstrip('.')}; see '{context.command_path} --help'.")
+    return 2
 
 
 def _say(sentence: str) -> None:

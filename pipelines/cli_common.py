@@ -5,7 +5,6 @@ Nothing heavy is imported here; commands import what they need when they run, by
 
 import importlib
 import json
-import logging
 import math
 import os
 import sys
@@ -61,9 +60,6 @@ def reading() -> "Workspace":
     workspace: Workspace = module.Workspace(module.load_settings())
     if os.access(workspace.settings.home, os.W_OK):
         module.set_up_logs(workspace.settings.home)
-    else:
-        # Without any handler Python itself would print warnings, and tracebacks with them, to stderr.
-        logging.getLogger().addHandler(logging.NullHandler())
     return workspace
 
 

@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
+from infra.errors import BadInput
 from pipelines.cli_common import (
     JsonOption,
     TenantOption,
@@ -100,7 +101,7 @@ def adapters_verify(
 ) -> None:
     """Read adapters back in full: digests, id, shapes, finite numbers. Exit code 1 if one is damaged."""
     if bool(adapter) == all_:
-        raise typer.BadParameter("name adapters, or give --all.")
+        raise BadInput("name the adapters to verify, or give --all.")
     pipeline = load("pipelines.intake")
     results = pipeline.verify(reading(), adapter or [])
     print_json(results) if as_json else print_text(pipeline.verification_text(results))
@@ -179,6 +180,7 @@ def promote(
 ) -> None:
     """Make an adapter the champion of a task."""
     workspace = announced()
+    load("pipelines.adapters").refuse_bad_names(tenant, task)
     outcome = load("pipelines.promote").promote(
         workspace.store,
         workspace.services.registry(),

@@ -7,7 +7,7 @@ from typing import Any
 
 from infra.errors import BadInput, ObjectNotFound, WorkFailed
 from infra.storage import Storage
-from pipelines.adapters import checked_name
+from pipelines.adapters import refuse_bad_names
 from pipelines.references import find_reference
 from pipelines.workspace import Workspace
 from workers import layout
@@ -56,9 +56,7 @@ def import_adapter(workspace: Workspace, folder: Path, base: Path, tenant: str, 
     Returns `adapter_id`, `base_id`, `tenant`, `task` and `imported` (False if it was there before). Raises BadInput if the
     folder cannot be taken as it is, or does not fit the base.
     """
-    for name in (tenant, task):
-        if name is not None:
-            checked_name(name)
+    refuse_bad_names(tenant, task)
     adapter = read_adapter_folder(folder)
     identity = identify(base, workspace.services.cache_dir)
     contract = prompt_contract(base)
