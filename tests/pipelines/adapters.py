@@ -31,7 +31,7 @@ def put_adapter(
         f"{PREFIX}{MODULE}{B_SUFFIX}": torch.randn(32, 2, generator=generator) * scale,
     }
     body: dict[str, Any] = {"job_id": "j" * 32, "metrics": {"eval/loss": 1.0 + seed}, "prompt_contract": "p" * 32}
-    return store_adapter(store, "acme", base_id, make_adapter(config, tensors, "test"), body | ({"task": task} if task else {}))
+    return store_adapter(store, tenant, base_id, make_adapter(config, tensors, "test"), body | ({"task": task} if task else {}))
 
 
 def base_id_of(folder: Path) -> str:
