@@ -13,7 +13,7 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -41,7 +41,8 @@ def postgres(folder: Path) -> Iterator[str]:
     ) as process:
         assert process.stdin is not None
         assert process.stdout is not None
-        yield process.stdout.readline().strip()
+        # SQLAlchemy 2.1 takes psycopg 3 where no driver is named.
+        yield process.stdout.readline().strip().replace("postgresql://", "postgresql+psycopg2://")
         process.stdin.close()
 
 
@@ -53,8 +54,7 @@ def mlflow_on(database_uri: str, artifacts: str, folder: Path, environment: dict
     command += ["--backend-store-uri", database_uri, "--artifacts-destination", artifacts]
     slim = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     url = f"http://127.0.0.1:{port}"
-    with _running(command, folder / "mlflow.log", environment | slim):
-        wait_until(lambda: _answers(f"{url}/health"), "MLflow answers")
+    with _running(command, folder / "mlflow.log", environment | slim, lambda: _answers(f"{url}/health")):
         yield url
 
 
@@ -75,23 +75,30 @@ def ray_head(num_cpus: int, environment: dict[str, str]) -> Iterator[Cluster]:
     command += ["--object-store-memory=100000000", "--min-worker-port=0", "--max-worker-port=0"]
     guarded = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": token, "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
     try:
-        with _running(command, folder / "head.log", environment | guarded | {"RAY_USAGE_STATS_ENABLED": "0"}):
-            wait_until(lambda: (folder / "head.log").read_text().count("ray stop"), "Ray has started")
+        log, quiet = folder / "head.log", {"RAY_USAGE_STATS_ENABLED": "0"}
+        with _running(command, log, environment | guarded | quiet, lambda: "ray stop" in log.read_text()):
             yield Cluster(f"127.0.0.1:{port}", token)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _running(command: list[str], log: Path, environment: dict[str, str]) -> Iterator[None]:
-    """Run a service for the length of the block; all it started ends with it."""
+def _running(command: list[str], log: Path, environment: dict[str, str], is_ready: Callable[[], bool]) -> Iterator[None]:
+    """Run a service for the length of the block, which begins when it is ready; all it started ends with it."""
     with log.open("wb") as out:
         process = subprocess.Popen(
             command, env=os.environ | environment, stdout=out, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
+        wait_until(lambda: process.poll() is not None or is_ready(), "a service has started")
+        assert process.poll() is None, log.read_text()
         yield
     finally:
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.poll() is None:
         tree = [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]
         process.send_signal(signal.SIGTERM)
         with contextlib.suppress(subprocess.TimeoutExpired):

