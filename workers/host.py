@@ -15,7 +15,7 @@ import torch
 
 from infra.claims import Owner
 from infra.crashpoints import crashpoint
-from infra.errors import BadInput, ClaimHeld, ClaimLost, LorafleetError, ServiceUnavailable
+from infra.errors import BadInput, ClaimHeld, ClaimLost, LorafleetError, ServiceUnavailable, WrongBase
 from infra.storage import Storage
 from infra.tracking import Point
 from workers.adapter import build_adapter
@@ -23,6 +23,7 @@ from workers.adapter_store import load_adapter, manifest_body, store_adapter
 from workers.attempt import Attempt
 from workers.bases import materialise
 from workers.checkpoint import Checkpoint
+from workers.data.contract import prompt_contract
 from workers.data.render import Renderer
 from workers.data.rows import Row
 from workers.data.store import load_rows
@@ -133,9 +134,19 @@ class EngineHost:
         if self._base is None or self._residency != residency:
             self._base, self._residency = None, None
             self._path = materialise(job.base.base_id, Path(job.base.path), self._store, self._cache_dir)
+            self._check_prompt_contract(job)
             self._base = ResidentBase(load_model(self._path, job.spec.base_model, device=self._device))
             self._residency = residency
         return self._base
+
+    def _check_prompt_contract(self, job: Job) -> None:
+        """The base's id does not cover its tokenizer: refuse a folder that renders rows otherwise than they were resolved."""
+        present = prompt_contract(self._path)
+        if present != job.base.prompt_contract:
+            raise WrongBase(
+                f"the tokenizer or chat template in {self._path} is not the one the job was resolved with "
+                f"({present[:12]}, not {job.base.prompt_contract[:12]}); restore the folder, or ask for the job anew."
+            )
 
     def _prepare(self, job: Job, attempt: Attempt, base: ResidentBase) -> _Seat:
         renderer = Renderer(load_tokenizer(self._path), job.spec.training.max_length, context_length=base.context_length)
