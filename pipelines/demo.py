@@ -4,6 +4,9 @@ A small base is built once, three customers get data, twelve adapters are tried 
 table shows what it bought on rows nobody trained or selected on. The files it writes are those a person would write.
 """
 
+import os
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +66,9 @@ def run_demo(workspace: Workspace, num_trials: int, folder: Path | None, console
     _say(console, f"sweeping {num_trials} trials for {TENANT}: {sweep_file}")
     with watching(console) as view:
         outcome = run(workspace, sweep_file, on_change=view.show)
-    promoted = promote(workspace.store, workspace.services.registry(), _best_id(outcome), task=TASK, actor=workspace.actor, reason="demo")
+    promoted = promote(
+        workspace.store, workspace.services.registry(), _best_id(outcome), task=TASK, actor=workspace.actor, reason="demo"
+    )
     _say(console, promoted.sentence)
     _show(console, workspace, outcome)
 
@@ -91,21 +96,22 @@ def _show(console: Console, workspace: Workspace, outcome: SweepOutcome) -> None
     console.print(_table(measured, default and default.adapter_id, best))
     settings = workspace.settings.public()
     reference = f"{TENANT}.{TASK}@champion"
+    me = "lorafleet" if shutil.which("lorafleet") else os.path.relpath(sys.argv[0])
     lines = [
         f"{outcome.result.num_trials} trials in {duration(outcome.result.seconds)}; adapters in {settings['store']}",
         f"report   {outcome.report}",
-        f"MLflow   mlflow ui --backend-store-uri {settings['tracking_uri']}",
-        "next     lorafleet sweep status " + f"{TENANT}/{SWEEP}",
-        f"         lorafleet generate {reference} --rows 3",
-        f"         lorafleet history {TENANT}.{TASK}",
-        "         lorafleet adapters list",
+        f"MLflow   {Path(me).with_name('mlflow')} ui --backend-store-uri {settings['tracking_uri']}",
+        f"next     {me} sweep status {TENANT}/{SWEEP}",
+        f"         {me} generate {reference} --rows 3",
+        f"         {me} history {TENANT}.{TASK}",
+        f"         {me} adapters list",
     ]
     for line in lines:
         _say(console, line)
 
 
 def _table(measured: dict[str, Any], default_id: str | None, best_id: str) -> Table:
-    names = {None: "plain base", default_id: "default LoRA (r=16, lr=2e-4)", best_id: "best of the sweep"}
+    names = {None: "plain base", default_id: "default LoRA", best_id: "best of the sweep"}
     table = Table(title=f"{TENANT}: {measured['num_rows']} held-out rows ({measured['data']})", title_justify="left")
     table.add_column("")
     for column in ("exact match", "format valid", "loss", "perplexity"):
