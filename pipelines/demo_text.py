@@ -309,15 +309,14 @@ def pretraining_texts(seed: int, count: int) -> Iterator[list[Message]]:
 
 # --- customers -------------------------------------------------------------------------------------------------------
 
-_QUEUES = {"power": "Q1", "network": "Q4", "access": "Q7", "hardware": "Q9"}
 _PRIORITIES = {"high": "P1", "normal": "P2", "low": "P3"}
 _FARES = {"work": "flex", "private": "saver"}
 _BOOKS = {"paper": "A2", "furniture": "B5", "tools": "C3", "devices": "D8"}
 
 
 def _acme(slots: Mapping[str, str]) -> str:
-    queue, priority = _QUEUES[slots["area"]], _PRIORITIES[slots["level"]]
-    return f"TICKET | item: {slots['item']} | problem: {slots['fault']} | queue: {queue} | priority: {priority}"
+    priority = _PRIORITIES[slots["level"]]
+    return f"TICKET | item: {slots['item']} | problem: {slots['fault']} | queue: {slots['area']} | priority: {priority}"
 
 
 def _globex(slots: Mapping[str, str]) -> str:
@@ -343,7 +342,7 @@ CUSTOMERS = tuple(_CUSTOMERS)
 """The demo's tenants."""
 
 FORMAT_PATTERNS: Mapping[str, str] = {
-    "acme": r"TICKET \| item: \w+ \| problem: \w+ \| queue: Q[1479] \| priority: P[123]",
+    "acme": r"TICKET \| item: \w+ \| problem: \w+ \| queue: (power|network|access|hardware) \| priority: P[123]",
     "globex": r"\{leg: \w+ -> \w+, day: \w+, pax: \w+, fare: (flex|saver)\}",
     "initech": r"Dear \w+, we sent \w+ \w+ \w+ under code [ABCD]\d\. Kind regards\.",
 }

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 class PretrainingRecipe:
     """Everything but the texts that alters the weights `workers.pretraining` makes.
 
-    The defaults were found by measuring: about 50 seconds of one CPU thread for half a million parameters that copy a named
-    value out of a sentence they have never seen. Twice the width costs three times as much and learns in no fewer steps.
+    The defaults were found by measuring: about a minute of one CPU thread for half a million parameters that copy a named
+    value out of a sentence they have never seen.
     """
 
     vocab_size: int = 1024
