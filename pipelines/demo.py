@@ -90,10 +90,11 @@ def _best_id(outcome: SweepOutcome) -> str:
 
 def _show(console: Console, workspace: Workspace, outcome: SweepOutcome) -> None:
     """Print what was bought, where it lies, and what to try next."""
-    default, best = outcome.result.default, _best_id(outcome)
-    references = [one for one in dict.fromkeys([default and default.adapter_id, best]) if one]
+    default = outcome.result.default.adapter_id if outcome.result.default is not None else None
+    best = _best_id(outcome)
+    references = [one for one in dict.fromkeys([default, best]) if one is not None]
     measured = evaluate(workspace, references)
-    console.print(_table(measured, default and default.adapter_id, best))
+    console.print(_table(measured, default, best))
     settings = workspace.settings.public()
     reference = f"{TENANT}.{TASK}@champion"
     me = "lorafleet" if shutil.which("lorafleet") else os.path.relpath(sys.argv[0])

@@ -38,9 +38,8 @@ def text(outcome: SweepOutcome) -> str:
     """Return the end of a run as lines: totals, best and default, where things lie, what to do next."""
     result = outcome.result
     counts = ", ".join(f"{count} {status}" for status, count in result.counts.items() if count)
-    lines = [
-        f"sweep {result.tenant}/{result.name} {result.status}: {result.num_trials} trials ({counts}) in {duration(result.seconds)}"
-    ]
+    totals = f"{result.num_trials} trials ({counts}) in {duration(result.seconds)}"
+    lines = [f"sweep {result.tenant}/{result.name} {result.status}: {totals}"]
     if result.reason:
         lines.append(f"  {result.reason}")
     if result.default is not None and result.default.values:
@@ -113,7 +112,8 @@ def best_text(found: Mapping[str, Any]) -> str:
     """Return the best trial as lines."""
     metrics = "  ".join(f"{name} {value:.4f}" for name, value in found["metrics"].items())
     params = ", ".join(f"{path}={value}" for path, value in found["params"].items())
-    return f"trial {found['trial']} of {found['tenant']}/{found['sweep']}\n{params}\n{metrics}\nadapter {found['adapter_id']}\nreport {found['report']}"
+    lines = [f"trial {found['trial']} of {found['tenant']}/{found['sweep']}", params, metrics]
+    return "\n".join([*lines, f"adapter {found['adapter_id']}", f"report {found['report']}"])
 
 
 def extend(workspace: Workspace, reference: str, num_trials: int) -> str:

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from infra.services import Services
-
 from infra.launch import Handle, Launcher, Resources
+from infra.services import Services
 from workers.host_task import HostTask
 from workers.job import Job
 from workers.report import Admit, Checkpointed, Decision, Evict, Finished, JobEvent, Shutdown
@@ -122,7 +121,7 @@ class _Losses:
 
 
 class HostFleet:
-    """Hosts with one job each: as many as the launcher's machines hold, `max_hosts` at most. A lost one is replaced when needed."""
+    """Hosts with one job each: as many as the launcher's machines hold, `max_hosts` at most. A lost one is replaced."""
 
     def __init__(self, services: Services, launcher: Launcher, *, num_threads: int = 1, max_hosts: int | None = None) -> None:
         self._services, self._launcher = services, launcher
