@@ -1,6 +1,7 @@
 """Loading a base model for training: frozen, quiet, nothing from the network, and checked against its files."""
 
 import contextlib
+import threading
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -17,6 +18,8 @@ from workers.weight_files import find_weights
 NUM_CHECKED_TENSORS = 4
 MAX_CHECKED_ELEMENTS = 1 << 20
 """Of each checked tensor, so many elements are compared at most."""
+_ONE_AT_A_TIME = threading.Lock()
+"""transformers switches global state while it loads: of two threads that load (in-process hosts), both miss tied weights."""
 
 
 def load_model(path: Path, spec: BaseModelSpec, *, device: str = "cpu") -> PreTrainedModel:
@@ -28,7 +31,7 @@ def load_model(path: Path, spec: BaseModelSpec, *, device: str = "cpu") -> PreTr
     if spec.quantization is not None:
         raise BadInput("4-bit bases cannot be trained by this version; set base_model.quantization to null.")
     weights = find_weights(path)
-    with quiet():
+    with _ONE_AT_A_TIME, quiet():
         model, report = _from_pretrained(path, spec)
     missing = sorted(report["missing_keys"])
     if missing:
