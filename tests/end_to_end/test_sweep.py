@@ -87,7 +87,9 @@ def test_best_is_registered_promoted_rolled_back_and_evaluated_on_its_own_base_o
     champions = [entry["adapter_id"] for entry in swept.json("history", model)]
     assert sorted(champions) == sorted([best, second, best])
     measured = swept.json("evaluate", f"{model}@champion", "--data", "valid.jsonl")
-    assert measured["adapter_id"] == best
+    plain, champion = measured["measured"]
+    assert champion["adapter_id"] == best
+    assert champion["metrics"]["eval/loss"] < plain["metrics"]["eval/loss"] - 1.0
     foreign = str(test_data / "bases" / "talk-5m")
     refused = swept.run("evaluate", f"{model}@champion", "--base", foreign, "--data", "valid.jsonl")
     assert refused.code == 2
