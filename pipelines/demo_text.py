@@ -18,106 +18,30 @@ from typing import Any
 Message = dict[str, str]
 Row = dict[str, list[Message]]
 
-_PEOPLE = [
-    "Mira",
-    "Jonas",
-    "Aiko",
-    "Pavel",
-    "Lena",
-    "Omar",
-    "Ines",
-    "Tariq",
-    "Nora",
-    "Felix",
-    "Greta",
-    "Hugo",
-    "Salma",
-    "Bruno",
-    "Yuki",
-    "Clara",
-    "Dario",
-    "Edith",
-    "Farid",
-    "Gwen",
-    "Henrik",
-    "Iris",
-    "Kemal",
-    "Lucia",
-]
-_ITEMS = [
-    "printer",
-    "laptop",
-    "scanner",
-    "monitor",
-    "keyboard",
-    "router",
-    "phone",
-    "projector",
-    "camera",
-    "server",
-    "tablet",
-    "badge",
-    "headset",
-    "speaker",
-    "copier",
-    "lift",
-    "modem",
-    "mouse",
-    "kiosk",
-    "heater",
-    "gate",
-    "sensor",
-    "radio",
-    "screen",
-]
-_PLACES = [
-    "lobby",
-    "kitchen",
-    "library",
-    "studio",
-    "garage",
-    "office",
-    "cellar",
-    "canteen",
-    "workshop",
-    "archive",
-    "garden",
-    "clinic",
-    "attic",
-    "depot",
-    "gallery",
-    "hangar",
-]
-_CITIES = [
-    "Lisbon",
-    "Oslo",
-    "Vienna",
-    "Madrid",
-    "Prague",
-    "Dublin",
-    "Athens",
-    "Warsaw",
-    "Berlin",
-    "Geneva",
-    "Naples",
-    "Bergen",
-    "Porto",
-    "Krakow",
-    "Riga",
-    "Zagreb",
-    "Lyon",
-    "Seville",
-    "Turin",
-    "Malmo",
-    "Graz",
-    "Basel",
-    "Cork",
-    "Varna",
-]
-_DAYS = ["monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday"]
-_NUMBERS = ["two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "twelve"]
-_COLOURS = ["red", "blue", "green", "yellow", "black", "white", "grey", "brown"]
-_TEAMS = ["legal", "sales", "finance", "design", "research", "support", "security", "training"]
+
+def _words(text: str) -> list[str]:
+    return text.split()
+
+
+_PEOPLE = _words(
+    "Mira Jonas Aiko Pavel Lena Omar Ines Tariq Nora Felix Greta Hugo Salma Bruno Yuki Clara Dario Edith Farid Gwen "
+    "Henrik Iris Kemal Lucia"
+)
+_ITEMS = _words(
+    "printer laptop scanner monitor keyboard router phone projector camera server tablet badge headset speaker "
+    "copier lift modem mouse kiosk heater gate sensor radio screen"
+)
+_PLACES = _words(
+    "lobby kitchen library studio garage office cellar canteen workshop archive garden clinic attic depot gallery hangar"
+)
+_CITIES = _words(
+    "Lisbon Oslo Vienna Madrid Prague Dublin Athens Warsaw Berlin Geneva Naples Bergen Porto Krakow Riga Zagreb "
+    "Lyon Seville Turin Malmo Graz Basel Cork Varna"
+)
+_DAYS = _words("monday tuesday wednesday thursday friday saturday sunday")
+_NUMBERS = _words("two three four five six seven eight nine ten twelve")
+_COLOURS = _words("red blue green yellow black white grey brown")
+_TEAMS = _words("legal sales finance design research support security training")
 _AREAS = {
     "power": "spark blackout surge",
     "network": "timeout dropout latency",
