@@ -50,17 +50,19 @@ space:
   peft.r: {{type: categorical, choices: [4, 8, 16, 32]}}
   alpha_over_r: {{type: categorical, choices: [1, 2, 4]}}
   peft.target_modules: {{type: categorical, choices: [attention, mlp, all-linear]}}
-  training.learning_rate: {{type: float, low: 1.0e-4, high: 3.0e-2, log: true}}
+  training.learning_rate: {{type: float, low: 1.0e-4, high: 1.5e-2, log: true}}
 register: {{task: {task}, alias: challenger}}
 """
 NUM_STEPS = 100
+DATA_SEED = 1
+"""The demo's tasks were made on the rows of seed 0; these were looked at by nobody."""
 
 
 def run_demo(workspace: Workspace, num_trials: int, folder: Path | None, console: Console) -> None:
     """Run the demo from base to promotion; every part that is done already is not done again."""
     home = folder or workspace.settings.home / "demo"
     base = ensure_demo_base(home, lambda line: _say(console, line))
-    tenants = demo_text.write_customers(home / "data")
+    tenants = demo_text.write_customers(home / "data", seed=DATA_SEED)
     _say(console, f"data for {', '.join(tenants)} in {home / 'data'}")
     sweep_file = _write_files(home, base, tenants[TENANT], num_trials)
     _say(console, f"sweeping {num_trials} trials for {TENANT}: {sweep_file}")
@@ -99,6 +101,7 @@ def _show(console: Console, workspace: Workspace, outcome: SweepOutcome) -> None
     reference = f"{TENANT}.{TASK}@champion"
     me = "lorafleet" if shutil.which("lorafleet") else os.path.relpath(sys.argv[0])
     lines = [
+        "The task is made for a base this small and 100 steps; the default's learning rate is meant for larger bases.",
         f"{outcome.result.num_trials} trials in {duration(outcome.result.seconds)}; adapters in {settings['store']}",
         f"report   {outcome.report}",
         f"MLflow   {Path(me).with_name('mlflow')} ui --backend-store-uri {settings['tracking_uri']}",

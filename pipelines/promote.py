@@ -33,6 +33,7 @@ from pipelines.journal import (
 from pipelines.projection import project
 from pipelines.references import CHALLENGER, CHAMPION, PREVIOUS, find_reference, model_in
 from workers import layout
+from workers.bases import read_base
 from workers.identity import identify
 from workers.manifests import AdapterRef, check_base
 
@@ -98,8 +99,8 @@ def promote(
     found = find_reference(store, ref, tenant)
     manifest = _verified(store, found)
     if base is not None:
-        check_base(manifest, identify(base, cache_dir))
-    task = task or _task_of(ref, manifest)
+        check_base(manifest, identify(base, cache_dir), trained_on=read_base(store, found.base_id))
+    task = _task_of(ref, manifest) if task is None else task
     head = read_head(store, found.tenant, task)
     if head is not None and head.adapter_id == found.adapter_id:
         sentence = f"{found.adapter_id[:12]} is the champion of {found.tenant}.{task} already (generation {head.generation})."

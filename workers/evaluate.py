@@ -6,6 +6,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from infra.errors import BadInput
 from workers.adapter import Adapter
 from workers.data.render import Renderer
@@ -70,8 +72,9 @@ def evaluate_rows(
 class Bench:
     """A base on which stored adapters are tried one after the other, in this process."""
 
-    def __init__(self, path: Path, spec: BaseModelSpec, max_length: int) -> None:
-        """Load the base of a folder; rows are cut at `max_length` tokens."""
+    def __init__(self, path: Path, spec: BaseModelSpec, max_length: int, num_threads: int = 1) -> None:
+        """Load the base of a folder; rows are cut at `max_length` tokens. A job's numbers come back with its threads."""
+        torch.set_num_threads(num_threads)
         self.base = ResidentBase(load_model(path, spec))
         self.renderer = Renderer(load_tokenizer(path), max_length, context_length=self.base.context_length)
 
