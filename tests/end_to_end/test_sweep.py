@@ -80,7 +80,7 @@ def test_mlflow_has_a_run_for_the_sweep_and_one_per_trial_none_of_them_open(swep
 
 def test_best_is_registered_promoted_rolled_back_and_evaluated_on_its_own_base_only(swept: Ground, test_data: Path) -> None:
     best = swept.json("sweep", "best", f"{TENANT}/{SWEEP}")["adapter_id"]
-    second = next(t.adapter_id for t in swept.trials() if t.status == "complete" and t.adapter_id != best)
+    second = next(str(t.adapter_id) for t in swept.trials() if t.status == "complete" and t.adapter_id != best)
     model = f"{TENANT}.{TASK}"
     assert [swept.run("promote", ref).code for ref in (f"{model}@challenger", second)] == [0, 0]
     assert swept.run("rollback", model).code == 0

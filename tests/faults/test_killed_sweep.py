@@ -112,9 +112,8 @@ class Campaign:
 
     def _see_hosts_die(self, driver: subprocess.Popen[bytes], points: list[str]) -> None:
         for point in points:
-            marker = self._spent / point.replace(":", "-")
-            wait_until(lambda marker=marker: marker.exists() or driver.poll() is not None, f"a host dies at {point}")
-            if marker.exists():
+            wait_until(lambda: driver.poll() is not None or self._is_spent(point), f"a host dies at {point}")  # noqa: B023
+            if self._is_spent(point):
                 self.host_points.remove(point)
                 self.kills.append(f"host at {point}")
 
@@ -135,6 +134,9 @@ class Campaign:
             lambda: driver.poll() is not None or len(self.ground.passed("step-done")) >= before + number,
             f"{number} steps are done",
         )
+
+    def _is_spent(self, point: str) -> bool:
+        return (self._spent / point.replace(":", "-")).exists()
 
     @property
     def _spent(self) -> Path:
