@@ -64,6 +64,7 @@ def ministack_server(folder: Path) -> Iterator[S3Server]:
     require("ministack")
     port = free_port()
     settings = {"BIND_HOST": "127.0.0.1", "GATEWAY_PORT": str(port), "SERVICES": "s3", "LOG_LEVEL": "WARNING"}
+    settings["IOT_MTLS_ENABLED"] = "0"  # its broker would listen on all interfaces, whatever BIND_HOST says
     with _running([sys.executable, "-m", "ministack"], port, folder, settings):
         yield S3Server(f"http://127.0.0.1:{port}", checks_sha256=True)
 
