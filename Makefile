@@ -12,7 +12,7 @@ demo: venv
 	$(BIN)/lorafleet demo
 
 test: venv
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile --durations 10
 
 venv: $(STAMP)
 
