@@ -14,7 +14,7 @@ from typing import Any
 
 from infra.claims import Lease, Owner, claim, read_document
 from infra.crashpoints import crashpoint
-from infra.errors import BadInput, ObjectNotFound
+from infra.errors import BadInput, ObjectNotFound, WorkFailed
 from infra.records import encode_record
 from infra.storage import Storage
 from infra.tracking import Point
@@ -67,14 +67,21 @@ class Attempt:
         return layout.attempt(self.job.tenant, self.job.base.base_id, self.job.job_id, self.lease.epoch)
 
     def last_checkpoint(self) -> Checkpoint | None:
-        """Return the checkpoint the state points at. A damaged one counts as none: the job then starts anew, to the same end."""
-        pointer = self.lease.body["checkpoint"]
-        if pointer is None:
-            return None
+        """Return the checkpoint the state points at, and let go of points measured after it: they will be measured again.
+
+        A damaged one counts as none: the job then starts anew, to the same end.
+        """
+        pointer, chunks = self.lease.body["checkpoint"], self.lease.body["chunks"]
+        checkpoint = self._load(pointer["prefix"]) if pointer is not None else None
+        num_chunks = pointer["num_chunks"] if checkpoint is not None else 0
+        if len(chunks) != num_chunks or (checkpoint is None and pointer is not None):
+            self.lease.update({"checkpoint": pointer if checkpoint is not None else None, "chunks": chunks[:num_chunks]})
+        return checkpoint
+
+    def _load(self, prefix: str) -> Checkpoint | None:
         try:
-            return load_checkpoint(self.store, pointer["prefix"])
-        except (ObjectNotFound, BadInput):
-            self.lease.update({"checkpoint": None, "chunks": []})
+            return load_checkpoint(self.store, prefix)
+        except (ObjectNotFound, BadInput, WorkFailed):
             return None
 
     def note(self, points: Sequence[Point]) -> None:
@@ -88,7 +95,9 @@ class Attempt:
         save_checkpoint(self.store, prefix, checkpoint)
         crashpoint("checkpoint-written", self.job.job_id)
         chunk, chunks = self._write_chunk()
-        self.lease.update({"checkpoint": {"prefix": prefix, "step": step}, "chunks": chunks, **self._effort()})
+        self.lease.update(
+            {"checkpoint": {"prefix": prefix, "step": step, "num_chunks": len(chunks)}, "chunks": chunks, **self._effort()}
+        )
         crashpoint("checkpoint-committed", self.job.job_id)
         if before is not None and before["prefix"] != prefix:
             delete_checkpoint(self.store, before["prefix"])
@@ -117,10 +126,11 @@ class Attempt:
             delete_checkpoint(self.store, before["prefix"])
         return _finished(self.job.job_id, self.lease.body)
 
-    def end(self, status: JobStatus, reason: str = "") -> Finished:
-        """Commit another end than success; the last checkpoint stays for a later try."""
+    def end(self, status: JobStatus, reason: str = "", *, num_steps: int = 0, num_tokens: int = 0) -> Finished:
+        """Commit another end than success, after so many steps; the last checkpoint stays for a later try."""
         _, chunks = self._write_chunk() if status != "preempted" else ("", self.lease.body["chunks"])
-        self.lease.release({"status": status, "reason": reason, "chunks": chunks, **self._effort()})
+        body = {"status": status, "reason": reason, "chunks": chunks, "num_steps": num_steps, "num_tokens": num_tokens}
+        self.lease.release({**body, **self._effort()})
         self.close()
         crashpoint("job-ended", self.job.job_id)
         return _finished(self.job.job_id, self.lease.body)

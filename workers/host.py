@@ -268,7 +268,8 @@ class EngineHost:
         self._end(seat, "preempted" if status == "preempted" else "cancelled", "")
 
     def _end(self, seat: _Seat, status: JobStatus, reason: str) -> None:
-        self._events.append(seat.attempt.end(status, reason))
+        steps, tokens = seat.training.step, seat.training.standing.num_tokens
+        self._events.append(seat.attempt.end(status, reason, num_steps=steps, num_tokens=tokens))
         self._seat = None
 
     def _tell_progress(self, seat: _Seat, result: StepResult) -> None:

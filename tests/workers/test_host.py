@@ -123,6 +123,18 @@ def test_a_resumed_job_tells_the_evaluation_of_its_checkpoint_again(ground: Grou
     assert not second.step()
 
 
+def test_a_cancelled_job_that_is_tried_again_has_each_point_once(ground: Ground) -> None:
+    job, host = ground.job(), ground.host()
+    host.admit(job)
+    drive(host, job, stop_at=3)
+    host.evict(job.job_id, "cancelled")
+    cancelled = ended(host.report())
+    assert (cancelled.status, cancelled.num_steps) == ("cancelled", 3)
+    finished = ended(drive_admitted(ground, job))
+    points = [point for chunk in finished.chunks for point in decode_points(ground.store.get(chunk)[0])]
+    assert [point.step for point in points if point.metric == "train/loss"] == [1, 2, 3, 4, 5, 6]
+
+
 def test_a_damaged_checkpoint_is_not_used_and_the_job_starts_anew_to_the_same_end(ground: Ground, tmp_path: Path) -> None:
     twin = Ground(tmp_path / "twin", ground.base.parent.parent)
     straight = ended(drive_admitted(twin, twin.job()))
