@@ -51,6 +51,9 @@ class Attempt:
         store.put(layout.job_spec(tenant, base_id, job.job_id), encode_record(JOB_FORMAT, job.to_json()))
         key = layout.job_state(tenant, base_id, job.job_id)
         lease = claim(store, key, STATE_FORMAT, FRESH, owner=owner, lease_seconds=lease_seconds)
+        if _is_final(lease.body):  # the owner that was waited for has finished it
+            lease.release()
+            return _finished(job.job_id, lease.body, reused=True)
         lease.update({"status": "running", "reason": ""})
         crashpoint("job-claimed", job.job_id)
         attempt = Attempt(store, job, lease)
@@ -167,11 +170,12 @@ def recorded_end(store: Storage, job: Job) -> Finished | None:
     found = read_document(store, layout.job_state(job.tenant, job.base.base_id, job.job_id), STATE_FORMAT)
     if found is None:
         return None
-    _, _, body = found
+    return _finished(job.job_id, found.body, reused=True) if _is_final(found.body) else None
+
+
+def _is_final(body: Mapping[str, Any]) -> bool:
     word = body["reason"].partition(":")[0]
-    if body["status"] == "succeeded" or (body["status"] == "failed" and word in DETERMINISTIC_FAILURES):
-        return _finished(job.job_id, body, reused=True)
-    return None
+    return body["status"] == "succeeded" or (body["status"] == "failed" and word in DETERMINISTIC_FAILURES)
 
 
 def _finished(job_id: str, body: Mapping[str, Any], *, reused: bool = False) -> Finished:
