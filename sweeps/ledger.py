@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from infra.errors import BadInput, ClaimLost, ConditionFailed, ObjectNotFound
 from infra.fingerprint import canonical_json
@@ -196,10 +196,10 @@ class Ledger:
         trial = self._new(params, (self._event("ask"), self._event("tell")))
         return self._create(replace(trial, status="infeasible", reason=reason, ended=trial.started))
 
-    def report(self, number: int, step: int, value: float) -> Trial:
-        """Record an intermediate value."""
+    def report(self, number: int, step: int, value: float, kind: Literal["report", "copy"] = "report") -> Trial:
+        """Record an intermediate value; of the kind "copy" it prunes nobody."""
         trial = self.trials[number]
-        return self._replace(replace(trial, events=(*trial.events, self._event("report", step, value))))
+        return self._replace(replace(trial, events=(*trial.events, self._event(kind, step, value))))
 
     def end(self, number: int, outcome: Outcome) -> Trial:
         """Record how a trial ended."""

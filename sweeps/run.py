@@ -205,6 +205,8 @@ class _Driver:
         match event:
             case Progress():
                 self._progress[number] = event
+            case Evaluated(final=True):
+                self._note_last(number, event)
             case Evaluated():
                 self.around.fleet.decide(event.job_id, not self._is_to_be_pruned(number, event))
             case Checkpointed():
@@ -327,6 +329,13 @@ class _Driver:
             self.ledger.report(number, event.step, value)
             crashpoint("report-recorded", f"{number} {event.step}")
         return self.study.report(number, event.step, value) or self.study.is_condemned(number)
+
+    def _note_last(self, number: int, event: Evaluated) -> None:
+        """Record the value at a job's last step, which judges nobody: nothing is left to save, and a kill may lose it."""
+        value = event.metrics.get(self.spec.objectives[0].metric)
+        if value is not None and event.step not in self.ledger.trials[number].reports:
+            self.ledger.report(number, event.step, value, kind="copy")
+            self.study.copy(number, event.step, value)
 
     def _note_missing(self, event: Evaluated) -> None:
         if self.spec.pruner.type != "none":

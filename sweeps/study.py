@@ -74,7 +74,7 @@ class Study:
         return verdicts[step]
 
     def copy(self, number: int, step: int, value: float) -> None:
-        """Note an intermediate value of the trial that this one repeats; it takes no part in pruning."""
+        """Note an intermediate value that takes no part in pruning."""
         if len(self._spec.objectives) == 1:
             self._trials[number].report(value, step)
 

@@ -19,7 +19,10 @@ EventKind = Literal["ask", "report", "copy", "tell"]
 
 @dataclass(frozen=True)
 class Event:
-    """Something the study was told. `copy` is a report taken over from the trial this one repeats: it prunes nobody."""
+    """Something the study was told.
+
+    `copy` is a report that prunes nobody: taken over from the trial this one repeats, or made at its job's last step.
+    """
 
     seq: int
     """Position among all events of the sweep, from 0."""

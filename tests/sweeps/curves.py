@@ -65,8 +65,15 @@ class CurveFleet:
     """Places `num_places` jobs at a time, one step interval each per look, in the order of submission."""
 
     def __init__(
-        self, folder: Path, store: Storage, num_places: int = 1, fails: Callable[[Job], str | None] = lambda job: None
+        self,
+        folder: Path,
+        store: Storage,
+        num_places: int = 1,
+        fails: Callable[[Job], str | None] = lambda job: None,
+        last_is_told: bool = True,
     ) -> None:
+        """`last_is_told`: False loses the evaluation at each job's last step, as the end of a host does."""
+        self._last_is_told = last_is_told
         self._folder, self._store, self._num_places, self._fails = folder, store, num_places, fails
         self._jobs: deque[Job] = deque()
         self._waiting: set[str] = set()
@@ -129,8 +136,11 @@ class CurveFleet:
         self._told.append(Checkpointed(job.job_id, steps[-1], 1, chunk))
 
     def _evaluate(self, job: Job, step: int) -> None:
-        self._waiting.add(job.job_id)
-        self._told.append(Evaluated(job.job_id, step, {"eval/loss": loss_of(job, step)}))
+        final = step >= self._num_steps(job)
+        if not final:
+            self._waiting.add(job.job_id)
+        if not final or self._last_is_told:
+            self._told.append(Evaluated(job.job_id, step, {"eval/loss": loss_of(job, step)}, final))
 
     def _end(self, job: Job, state: dict, failure: str | None) -> None:
         self._jobs.remove(job)
@@ -170,10 +180,10 @@ class Bench:
         self.tracker = LocalTracker(folder / "tracker")
 
     def drive(
-        self, spec: SweepSpec, num_places: int = 1, fails=lambda job: None, resolve=resolve, **around: object
+        self, spec: SweepSpec, num_places: int = 1, fails=lambda job: None, resolve=resolve, last_is_told=True, **around: object
     ) -> SweepResult:
         """Drive the sweep as one process would, ship what it tells, and return its result."""
-        self.fleet = CurveFleet(self.folder / "fleet", self.store, num_places, fails)
+        self.fleet = CurveFleet(self.folder / "fleet", self.store, num_places, fails, last_is_told)
         log = TrackingLog(self.folder / "tracking.jsonl")
         shipper = Shipper(log, self.tracker, interval_seconds=0.01)
         try:

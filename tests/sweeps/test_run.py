@@ -272,6 +272,18 @@ def test_asha_prunes_and_its_verdicts_are_stops(tmp_path: Path) -> None:
     assert sum(rung.num_pruned for rung in rungs) == len(pruned)
 
 
+def test_trial_at_its_last_step_is_judged_no_more(tmp_path: Path) -> None:
+    """Its host may die between the commit and the telling; then the last evaluation is never heard of."""
+    spec = sweep(num_trials=6, pruner={"type": "asha", "min_resource": 40, "reduction_factor": 2})
+    heard, unheard = Bench(tmp_path / "heard"), Bench(tmp_path / "unheard")
+    heard.drive(spec, last_is_told=True)
+    unheard.drive(spec, last_is_told=False)
+    assert {trial.status for trial in trials_of(heard)} == {"complete", "infeasible"}
+    outcomes = [[(trial.params, trial.status, trial.values) for trial in trials_of(bench)] for bench in (heard, unheard)]
+    assert outcomes[0] == outcomes[1]
+    assert all(40 in trial.reports for trial in trials_of(heard) if trial.status == "complete")
+
+
 def test_several_objectives_give_a_front(tmp_path: Path) -> None:
     objectives = [{"metric": "eval/loss"}, {"metric": "eval/accuracy", "direction": "maximize"}]
     result = Bench(tmp_path).drive(sweep(num_trials=5, objective=objectives))
