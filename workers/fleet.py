@@ -15,7 +15,7 @@ from infra.launch import Handle, Launcher, Resources
 from infra.services import Services
 from workers.host_task import HostTask
 from workers.job import Job
-from workers.report import Admit, Checkpointed, Decision, Evict, Finished, JobEvent, Shutdown
+from workers.report import Admit, Checkpointed, Decision, Evaluated, Evict, Finished, JobEvent, Shutdown
 
 log = logging.getLogger(__name__)
 MAX_LOSSES_IN_A_ROW = 4
@@ -104,6 +104,8 @@ class _HostSeat:
     handle: Handle
     resident: Residency | None = None
     job: Job | None = None
+    asks: bool = False
+    """Whether this host told an evaluation that has no answer yet."""
 
 
 @dataclass
@@ -157,7 +159,9 @@ class HostFleet:
 
     def decide(self, job_id: str, go: bool) -> None:
         seat = self._seat_of(job_id)
-        if seat is not None:
+        # An answer to what a lost host asked is dropped: its successor asks again, and would take it for the next answer.
+        if seat is not None and seat.asks:
+            seat.asks = False
             seat.handle.channel.send(Decision(job_id, go))
 
     def cancel(self, job_id: str) -> None:
@@ -211,6 +215,8 @@ class HostFleet:
     def _take(self, seat: _HostSeat, event: JobEvent) -> None:
         if isinstance(event, Checkpointed):
             self._losses.forget(event.job_id)
+        if isinstance(event, Evaluated):
+            seat.asks = not event.final
         if isinstance(event, Finished) and seat.job is not None and seat.job.job_id == event.job_id:
             job, seat.job = seat.job, None
             if event.status == "failed" and self._is_tried_again(seat, job, event.reason):
@@ -248,7 +254,7 @@ class HostFleet:
             if seat is None:
                 return
             job = self._queue.pop(next_job(self._queue, seat.resident))
-            seat.job, seat.resident = job, residency_of(job)
+            seat.job, seat.resident, seat.asks = job, residency_of(job), False
             seat.handle.channel.send(Admit(job))
 
     def _free_seat(self) -> _HostSeat | None:
