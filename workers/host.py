@@ -92,7 +92,7 @@ class EngineHost:
         self._store, self._cache_dir, self._lease_seconds, self._device = store, cache_dir, lease_seconds, device
         self._owner = Owner.here()
         self._base: ResidentBase | None = None
-        self._residency: tuple[str, str] | None = None
+        self._residency: tuple[str, str, str] | None = None
         self._path = Path()
         self._seat: _Seat | None = None
         self._events: list[JobEvent] = []
@@ -109,8 +109,8 @@ class EngineHost:
     def admit(self, job: Job) -> None:
         try:
             begun = Attempt.begin(self._store, job, self._owner, self._lease_seconds)
-        except ClaimHeld as held:
-            self._events.append(Finished(job.job_id, "failed", f"held: {held}"))
+        except LorafleetError as error:
+            self._events.append(Finished(job.job_id, "failed", f"{_word_of(error)}: {error}"))
             return
         if isinstance(begun, Finished):
             self._events.append(begun)
@@ -130,7 +130,7 @@ class EngineHost:
 
     def _resident(self, job: Job) -> ResidentBase:
         """Return the job's base, loading it unless it is here already."""
-        residency = (job.base.base_id, job.base.training_view)
+        residency = (job.base.base_id, job.base.training_view, job.base.prompt_contract)
         if self._base is None or self._residency != residency:
             self._base, self._residency = None, None
             self._path = materialise(job.base.base_id, Path(job.base.path), self._store, self._cache_dir)
@@ -312,6 +312,19 @@ class EngineHost:
         attempt.close()
         self._events.append(Finished(attempt.job.job_id, "failed", reason))
         self._seat = None
+
+
+def _word_of(error: LorafleetError) -> str:
+    """Why a job was not begun, as the first word of its reason (see `fleet.after_failure`)."""
+    match error:
+        case ClaimHeld():
+            return "held"
+        case ClaimLost():
+            return "claim_lost"
+        case ServiceUnavailable():
+            return "store"
+        case _:
+            return "error"
 
 
 def _points(metrics: Mapping[str, float], step: int) -> list[Point]:

@@ -1,6 +1,8 @@
 """A host trains real jobs: it commits, resumes, evicts, and ends what cannot train with its reason."""
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -205,3 +207,34 @@ def test_a_host_killed_at_a_checkpoint_leaves_a_job_that_another_finishes_at_onc
     events = drive_admitted(ground, ground.job())
     assert min(event.step for event in events if isinstance(event, Evaluated)) == 4
     assert ended(events).adapter_id == straight.adapter_id
+
+
+def test_a_job_whose_state_cannot_be_read_ends_with_its_reason_and_the_host_goes_on(ground: Ground) -> None:
+    job, host = ground.job(), ground.host()
+    ground.store.put(layout.job_state("acme", job.base.base_id, job.job_id), b"{}")
+    host.admit(job)
+    refused = ended(host.report())
+    assert (refused.status, refused.reason.partition(":")[0]) == ("failed", "error")
+    other = ground.job(training={"seed": 1})
+    host.admit(other)
+    assert ended(drive(host, other)).status == "succeeded"
+
+
+def test_jobs_of_one_base_with_other_tokenizer_files_are_rendered_each_by_its_own(ground: Ground) -> None:
+    plain = ground.job()
+    twin = ground.folder / "twin"
+    shutil.copytree(ground.base, twin)
+    config = json.loads((twin / "tokenizer_config.json").read_text())
+    template = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}{% endfor %}"
+    (twin / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": template}))
+    templated = ground.job(base_model={"name_or_path": str(twin)})
+    assert templated.base.base_id == plain.base.base_id
+    alone = ended(drive_admitted(ground, plain))
+    other = Ground(ground.folder / "other", ground.base.parent.parent)
+    host = other.host()
+    for job in (templated, plain):
+        other.resolver.resolve(job.spec)
+        host.admit(job)
+        finished = ended(drive(host, job))
+    assert finished.adapter_id == alone.adapter_id
+    assert finished.metrics == alone.metrics
