@@ -33,10 +33,10 @@ bench: venv
 	$(BIN)/python benchmarks/quality.py
 
 faults: venv
-	$(BIN)/python -m pytest -m faults --timeout 1800
+	$(BIN)/python -m pytest -m faults --timeout 3600
 
 scale: venv
-	$(BIN)/python -m pytest -m scale --timeout 1800
+	$(BIN)/python -m pytest -m scale --timeout 3600
 
 clean:
 	rm -rf $(VENV) .lorafleet
