@@ -382,7 +382,10 @@ def _parse_uri(uri: str) -> tuple[str, str]:
     if "@" in bucket:
         raise BadInput("the store's name holds credentials; put them into AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY.")
     if not uri.startswith("s3://") or not BUCKET_PATTERN.fullmatch(bucket):
-        raise BadInput(f"{uri[:80]!r} is not a store in S3: expected s3://bucket or s3://bucket/prefix.")
+        raise BadInput(
+            f"{uri[:80]!r} is not a store in S3: expected s3://bucket or s3://bucket/prefix, "
+            "the bucket in 3 to 63 characters of a-z, 0-9, '.' and '-'."
+        )
     return bucket, check_key(prefix) + "/" if prefix else ""
 
 

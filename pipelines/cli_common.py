@@ -35,8 +35,9 @@ base_app = typer.Typer(help="Base models, by content.", no_args_is_help=True)
 for name, group in (("sweep", sweep_app), ("data", data_app), ("jobs", jobs_app), ("adapters", adapters_app), ("base", base_app)):
     app.add_typer(group, name=name)
 
-SetOption = Annotated[
-    list[str] | None, typer.Option("--set", help="Override a key of the file: --set job.training.max_steps=50.")
+SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the file: --set training.max_steps=50.")]
+SweepSetOption = Annotated[
+    list[str] | None, typer.Option("--set", help="Override a key of the sweep or its job: --set job.training.max_steps=50.")
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 TenantOption = Annotated[str | None, typer.Option(help="Only this tenant.")]

@@ -9,6 +9,7 @@ from rich.console import Console
 from pipelines.cli_common import (
     JsonOption,
     SetOption,
+    SweepSetOption,
     announced,
     app,
     data_app,
@@ -58,7 +59,7 @@ def data_inspect(
 
 @sweep_app.command("run")
 def sweep_run(
-    file: Annotated[Path, typer.Argument(help="The sweep file.")], set_: SetOption = None, as_json: JsonOption = False
+    file: Annotated[Path, typer.Argument(help="The sweep file.")], set_: SweepSetOption = None, as_json: JsonOption = False
 ) -> None:
     """Run a sweep; the same command continues it after whatever happened."""
     _drive_sweep(lambda sweeps, workspace, show: sweeps.run(workspace, file, set_ or [], show), as_json)

@@ -56,7 +56,13 @@ def parse_yaml(text: str, source: str) -> Any:
 
 def load_job(path: Path, overrides: Sequence[str] = ()) -> tuple[JobSpec, Path]:
     """Return the job of a file, with `--set` overrides applied, and the folder that paths in it are relative to."""
-    raw = set_overrides(_read_mapping(path, "job"), overrides)
+    raw = _read_mapping(path, "job")
+    if "space" in raw:
+        raise BadInput(f"{path} is a sweep, expected a job; run it with 'lorafleet sweep run', or give the file of its job.")
+    below_job = next((override for override in overrides if override.startswith("job.")), None)
+    if below_job is not None:
+        raise BadInput(f"--set {below_job[:80]}: 'job.' is for sweeps; for a job write --set {below_job[4:84]}.")
+    raw = set_overrides(raw, overrides)
     return parse(JobSpec, raw, str(path)), path.parent
 
 
@@ -66,6 +72,10 @@ def load_sweep(path: Path, overrides: Sequence[str] = ()) -> tuple[SweepSpec, Jo
     That is the folder of the file the job is written in. Overrides reach into the job as "job.training.max_steps=50".
     """
     raw = _read_mapping(path, "sweep")
+    if "base_model" in raw:
+        raise BadInput(
+            f"{path} is a job, expected a sweep; train it with 'lorafleet train', or name it as 'job' in a sweep file."
+        )
     source, folder = f"{path} (job)", path.parent
     if isinstance(raw.get("job"), str):
         job_path = path.parent / raw["job"]
@@ -93,10 +103,14 @@ def set_overrides(raw: Mapping[str, Any], overrides: Sequence[str]) -> dict[str,
 
 
 def _with(mapping: Mapping[str, Any], path: str, value: Any, whole: str) -> dict[str, Any]:
-    """Return a copy of `mapping` in which `path` is `value`. Keys that hold dots ("peft.r" of a space) are found first."""
+    """Return a copy of `mapping` in which `path` is `value`. Keys that hold dots ("peft.r" of a space) are found first.
+
+    Where some do, a new key is taken whole: a further dimension of a space can be set.
+    """
     parts = path.split(".")
     heads = [".".join(parts[:count]) for count in range(len(parts), 0, -1)]
-    key = next((head for head in heads if head in mapping), parts[0])
+    new = path if any("." in key for key in mapping) else parts[0]
+    key = next((head for head in heads if head in mapping), new)
     rest = path[len(key) + 1 :]
     if not rest:
         return {**mapping, key: value}

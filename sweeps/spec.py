@@ -208,6 +208,19 @@ class SweepSpec(StrictModel):
             )
         return objective
 
+    @field_validator("space", mode="before")
+    @classmethod
+    def _paths_are_whole(cls, space: Any) -> Any:
+        written = space if isinstance(space, dict) else {}
+        for section, model in _SWEPT_SECTIONS.items():
+            if section in written:
+                below = written[section] if isinstance(written[section], dict) else {}
+                example = f"{section}.{next(iter(below or model.model_fields))}"
+                raise ValueError(
+                    f"'{section}' is no dimension; write the whole path as one key, as in '{example}: {{type: ...}}'"
+                )
+        return space
+
     @field_validator("space")
     @classmethod
     def _space_is_sound(cls, space: dict[str, DimensionSpec]) -> dict[str, DimensionSpec]:

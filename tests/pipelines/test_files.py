@@ -215,9 +215,21 @@ def test_overrides_reach_any_depth_and_leave_the_original(tmp_path: Path) -> Non
 
 def test_overrides_of_a_sweep_reach_into_job_and_space(tmp_path: Path) -> None:
     write(tmp_path, "job.yaml", JOB)
-    overrides = ["num_trials=2", "job.training.max_steps=9", "space.peft.r.choices=[2]"]
+    new = "space.training.max_length={type: int, low: 8, high: 16}"
+    overrides = ["num_trials=2", "job.training.max_steps=9", "space.peft.r.choices=[2]", new]
     sweep, job, _ = load_sweep(write(tmp_path, "sweep.yaml", SWEEP), overrides)
     assert (sweep.num_trials, job.training.max_steps, sweep.space["peft.r"].model_dump()["choices"]) == (2, 9, [2])
+    assert sweep.space["training.max_length"].model_dump()["high"] == 16
+
+
+def test_job_and_sweep_taken_for_one_another_are_told_apart(tmp_path: Path) -> None:
+    job, sweep = write(tmp_path, "job.yaml", JOB), write(tmp_path, "sweep.yaml", SWEEP)
+    with pytest.raises(BadInput, match=r"sweep\.yaml is a sweep, expected a job; run it with 'lorafleet sweep run'"):
+        load_job(sweep)
+    with pytest.raises(BadInput, match=r"job\.yaml is a job, expected a sweep; train it with 'lorafleet train'"):
+        load_sweep(job)
+    with pytest.raises(BadInput, match=r"for a job write --set training\.max_steps=9\."):
+        load_job(job, ["job.training.max_steps=9"])
 
 
 @pytest.mark.parametrize(

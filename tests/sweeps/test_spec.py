@@ -66,7 +66,7 @@ def test_documented_sweep_is_understood() -> None:
             {"space": {"peft.r": {"type": "categorical", "choices": [4, "x"]}}},
             "peft.r: 'x' cannot stand there: it should be a valid integer",
         ),
-        ({"space": {"peft.r": {"type": "categorical", "choices": [{"a": 1}]}}}, "space.peft.r.categorical.choices.0"),
+        ({"space": {"peft.r": {"type": "categorical", "choices": [{"a": 1}]}}}, "'space.peft.r.choices.0': "),
         ({"space": {"training.lr_scheduler_type": {"type": "categorical", "choices": ["cosin"]}}}, "it should be 'constant', "),
         (
             {"space": {"training.learning_rate": {"type": "float", "low": -1.0, "high": 1.0}}},
@@ -82,7 +82,21 @@ def test_documented_sweep_is_understood() -> None:
             },
             "alpha_over_r and peft.lora_alpha both set lora_alpha; keep one of them",
         ),
-        ({"space": {"peft.r": {"type": "categorical", "choises": [1]}}}, "Add it."),
+        ({"space": {"peft.r": {"type": "categorical"}}}, "the key 'space.peft.r.choices' is missing; add it."),
+        (
+            {"space": {"peft.r": {"type": "categorical", "choises": [1]}}},
+            "unknown key 'space.peft.r.choises'. Did you mean 'choices'? (1 more mistake follows.)",
+        ),
+        ({"space": {"peft.r": {"choices": [1]}}}, "the key 'space.peft.r.type' is missing; add it."),
+        (
+            {"space": {"peft.r": {"type": "choice", "choices": [1]}}},
+            "'space.peft.r.type': should be one of 'categorical', 'float', 'int', got 'choice'.",
+        ),
+        (
+            {"space": {"peft": {"r": {"type": "int", "low": 1, "high": 2}}}},
+            "'space': 'peft' is no dimension; write the whole path as one key, as in 'peft.r: {type: ...}'.",
+        ),
+        ({"space": {"training": None}}, "as in 'training.learning_rate: {type: ...}'."),
         (
             {"space": {"training.learning_rate": {**RATE, "when": {"peft.r": [8]}}}},
             "'when' names 'peft.r', which is not another categorical",
@@ -109,7 +123,7 @@ def test_documented_sweep_is_understood() -> None:
         ),
         ({"sampler": {"type": "grid"}}, "a grid needs a finite number of values; give training.learning_rate a step or choices"),
         ({"objective": []}, "'objective': needs one or more different metrics"),
-        ({"objective": {"metrik": "a"}}, "the key 'objective.one.metric' is missing"),
+        ({"objective": {"metrik": "a"}}, "unknown key 'objective.metrik'. Did you mean 'metric'?"),
         (
             {"objective": [{"metric": "a"}, {"metric": "b"}], "pruner": {"type": "asha"}},
             "trials cannot be pruned by several objectives",
@@ -118,7 +132,12 @@ def test_documented_sweep_is_understood() -> None:
         ({"num_trials": 0}, "'num_trials': should be greater than 0, got int 0"),
         ({"name": "../x"}, "'../x' is not a name"),
         ({"register": {"alias": "latest"}}, "'latest' is reserved by the registry"),
-        ({"job": {**JOB, "tennant": "x"}}, "unknown key 'job.inline.tennant'. Did you mean 'tenant'?"),
+        ({"job": {**JOB, "tennant": "x"}}, "unknown key 'job.tennant'. Did you mean 'tenant'?"),
+        (
+            {"job": {**JOB, "peft": {"target_modules": "attn"}}},
+            "'job.peft.target_modules': should be 'attention', 'mlp' or 'all-linear', got str 'attn'.",
+        ),
+        ({"job": {**JOB, "peft": {"target_modules": ["q.*"]}}}, "'job.peft.target_modules.0': 'q.*' is not a module name; list"),
         ({"num_trails": 3}, "unknown key 'num_trails'. Did you mean 'num_trials'?"),
     ],
 )

@@ -56,14 +56,14 @@ def find_files(source: str, role: Role, folder: Path, workspace: Path, open_uri:
         return [SourceFile(path, source)]
     if glob.has_magic(source):
         return _find_glob(source, folder)
-    raise BadInput(f"{source} does not exist in {folder}.{_hint(path.name, _names_in(path.parent))}")
+    raise BadInput(f"{source} does not exist in {folder.absolute()}.{_hint(path.name, _names_in(path.parent))}")
 
 
 def _find_glob(pattern: str, folder: Path) -> list[SourceFile]:
     names = sorted(glob.glob(str(Path(pattern).expanduser()), root_dir=folder, recursive=True))
     files = [SourceFile(folder / name, name) for name in names if (folder / name).is_file()]
     if not files:
-        raise BadInput(f"no file matches {pattern} in {folder}.{_hint('', _names_in((folder / pattern).parent))}")
+        raise BadInput(f"no file matches {pattern} in {folder.absolute()}.{_hint('', _names_in((folder / pattern).parent))}")
     return files
 
 
