@@ -8,9 +8,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from infra.services import Services
-
 from infra.launch import Channel
+from infra.services import Services
 from workers.report import Admit, Decision, Evict, HostOrder, Shutdown
 
 if TYPE_CHECKING:
