@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infra.crashpoints import crashpoint
-from infra.errors import BadInput, ClaimHeld
+from infra.errors import BadInput, ClaimHeld, ServiceUnavailable
 from pipelines.files import load_sweep
 from pipelines.promote import register_best
 from pipelines.workspace import Tracking, Workspace
@@ -155,6 +155,14 @@ def _report(workspace: Workspace, result: SweepResult, tracking: Tracking) -> Pa
     return path
 
 
+def _run_id(workspace: Workspace, key: str) -> str | None:
+    """Return MLflow's id of a run, None while MLflow is away: the adapter is registered all the same."""
+    try:
+        return workspace.services.tracker().run_id(key)
+    except ServiceUnavailable:
+        return None
+
+
 def _check_register(spec: SweepSpec) -> None:
     """Names are checked before anything runs, so that a finished sweep can be registered."""
     offer = spec.register_best
@@ -187,7 +195,7 @@ def _register(
         sweep=result.name,
         metrics=best.metrics,
         alias=offer.alias,
-        run_id=workspace.services.tracker().run_id(trial_key(result.tenant, result.name, best.number)),
+        run_id=_run_id(workspace, trial_key(result.tenant, result.name, best.number)),
     )
     crashpoint("sweep-registered", best.adapter_id)
     return f"{result.tenant}.{task}@{offer.alias}", outcome.note

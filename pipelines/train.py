@@ -52,6 +52,7 @@ def _train_tracked(
     """Have the job trained, and its run told in the tracking log: each chunk of points once, when it is safe in the store."""
     key = f"{job.tenant}/jobs/{job.job_id}"
     log.run(RunStart(key, job.tenant, f"{job.spec.task}-{job.job_id[:8]}", tags=tags_of(job), params=params_of(job)))
+    log.end(key, "running")
     shipped: set[str] = set()
 
     def ship(chunk: str) -> None:
@@ -59,7 +60,11 @@ def _train_tracked(
             shipped.add(chunk)
             log.points(key, decode_points(workspace.store.get(chunk)[0]))
 
-    finished = _drive(fleet, job, on_event, ship)
+    try:
+        finished = _drive(fleet, job, on_event, ship)
+    except BaseException:  # Ctrl-C too: the job is checkpointed when the fleet closes, and goes on with the same command
+        log.end(key, "preempted")
+        raise
     for chunk in finished.chunks:
         ship(chunk)
     if finished.adapter_id is not None:
