@@ -61,6 +61,7 @@ class Resolver:
         self._check_adapter(spec, base)
         init_adapter_id = self._init_adapter(spec, base)
         data = self._data_of(spec, base)
+        self._check_answers(spec, base, data.splits.validation)
         return pin(spec, base.ref, data.train, data.validation, data.test, init_adapter_id)
 
     def read(self, spec: JobSpec) -> tuple[Splits, Renderer]:
@@ -114,6 +115,19 @@ class Resolver:
         elif (spec.data, spec.training.max_length) not in self._rendered:
             self._check_renders(spec, base, self._data[key].splits)
         return self._data[key]
+
+    def _check_answers(self, spec: JobSpec, base: _Base, validation: list[Row] | None) -> None:
+        """Make sure that answers can be generated where the job asks for them: they are when it has been trained."""
+        evaluation, context = spec.evaluation, base.identity.context_length
+        if not evaluation.generate:
+            return
+        if context is not None and evaluation.max_new_tokens >= context:
+            raise BadInput(
+                f"evaluation.max_new_tokens is {evaluation.max_new_tokens}, and the base's context holds {context} tokens, "
+                "prompt included; lower it."
+            )
+        if validation:
+            self.renderer(spec).prompt_ids(validation[0])
 
     def _saved(self, spec: JobSpec, rows: list[Row] | None) -> DataRef | None:
         return save_rows(self.store, spec.tenant, rows) if rows else None

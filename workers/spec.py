@@ -30,7 +30,7 @@ def _check_module_name(name: str) -> str:
 
 Name = Annotated[str, AfterValidator(check_name)]
 ModuleName = Annotated[str, AfterValidator(_check_module_name)]
-Ratio = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(gt=0)]
 DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference", "classification"]
 
@@ -94,8 +94,8 @@ class TrainingSpec(StrictModel):
     )
     warmup_steps: Annotated[float, Field(ge=0)] = Field(0.0, description="Steps of linear warm-up; below 1 a share of all steps.")
     weight_decay: Annotated[float, Field(ge=0)] = Field(0.0, description="Decoupled weight decay.")
-    adam_beta1: Ratio = Field(0.9, description="AdamW beta 1.")
-    adam_beta2: Ratio = Field(0.999, description="AdamW beta 2.")
+    adam_beta1: Decay = Field(0.9, description="AdamW beta 1.")
+    adam_beta2: Decay = Field(0.999, description="AdamW beta 2.")
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW epsilon.")
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Clip the gradient to this norm; 0 does not clip.")
     max_length: Positive = Field(1024, description="Tokens of a row; longer rows are cut on the right.")

@@ -14,7 +14,7 @@ from peft import PeftModel
 from safetensors.torch import load
 from transformers import AutoModelForCausalLM
 
-from infra.errors import ObjectNotFound
+from infra.errors import BadInput, ObjectNotFound
 from tests.workers.jobs import Ground, drive
 from workers import layout
 from workers.attempt import recorded_end
@@ -177,6 +177,16 @@ def test_a_job_continues_from_another_adapter(ground: Ground) -> None:
     second = drive_admitted(ground, job)
     assert job.init_adapter_id == first.adapter_id
     assert ended(second).metrics["eval/loss"] < first.metrics["eval/loss"] * 1.02
+
+
+def test_a_job_that_could_not_generate_its_answers_is_refused_before_it_trains(ground: Ground) -> None:
+    with pytest.raises(BadInput, match="max_new_tokens"):
+        ground.job(evaluation={"generate": 2, "max_new_tokens": 512})
+    (ground.folder / "texts").mkdir()
+    for split in ("train", "valid"):
+        (ground.folder / "texts" / f"{split}.jsonl").write_text(json.dumps({"text": f"Once upon a {split}"}) + "\n")
+    with pytest.raises(BadInput, match="generate: 0"):
+        ground.job(data={"train": "texts"}, evaluation={"generate": 2})
 
 
 def test_checkpoints_hold_weights_and_moments_of_one_size(ground: Ground) -> None:

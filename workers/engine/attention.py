@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from infra.errors import BadInput
+
 STREAM_ATTENTION = "lorafleet_stream"
 
 _current = threading.local()
@@ -52,8 +54,12 @@ def stream_attention(
 ) -> tuple[Tensor, None]:
     """Causal attention of query [1, H, T, D] to key and value [1, K, T, D] (K divides H) inside each sequence.
 
-    Returns [1, T, H, D]. The signature is that of transformers' AttentionInterface.
+    Returns [1, T, H, D]. The signature is that of transformers' AttentionInterface. Raises BadInput for a base whose attention
+    caps its scores or has sinks: leaving them out would train on another model.
     """
+    for name in ("softcap", "s_aux"):
+        if kwargs.get(name) is not None:
+            raise BadInput(f"the base's attention uses '{name}', which cannot be trained yet; use a base without it.")
     lengths = _current.lengths
     pieces = [
         _attend(*piece, scaling, sliding_window)

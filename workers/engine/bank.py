@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from infra.errors import BadInput
 from workers.engine.dropout import generator_of
 from workers.engine.lora import Factors, LoraLinear, initial_a, scale_of
 from workers.spec import PeftSpec
@@ -64,11 +65,24 @@ class Bank:
                 factors.b.zero_()
 
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take weights in PEFT's names, as `tensors()` gives them; every layer must be there."""
+        """Take weights in PEFT's names, as `tensors()` gives them. Raises BadInput unless layers and rank are the bank's."""
+        self._check(tensors)
         with torch.no_grad():
             for name, factors in self.factors.items():
                 factors.a.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
                 factors.b.copy_(tensors[f"base_model.model.{name}.lora_B.weight"])
+
+    def _check(self, tensors: Mapping[str, Tensor]) -> None:
+        expected = {
+            f"base_model.model.{name}.{part}.weight": factor.shape
+            for name, factors in self.factors.items()
+            for part, factor in (("lora_A", factors.a), ("lora_B", factors.b))
+        }
+        if {name: tensor.shape for name, tensor in tensors.items()} != expected:
+            raise BadInput(
+                f"the initial adapter ({len(tensors) // 2} layers) differs in its layers or their rank from what is asked for "
+                f"({len(self.factors)} layers of rank {self.peft.r}); give peft.target_modules and peft.r what that adapter has."
+            )
 
     def tensors(self, weights: Tensor | None = None) -> dict[str, Tensor]:
         """Return copies of all factors in PEFT's names, from `weights` (a vector like the bank's) or the bank's own."""

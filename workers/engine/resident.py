@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
+from infra.errors import BadInput
 from workers.data.render import Example
 from workers.engine.attention import STREAM_ATTENTION, sequences_of
 from workers.engine.batches import Stream, make_stream
@@ -19,12 +20,17 @@ class ResidentBase:
     """A frozen causal language model, ready for adapters to be switched in. Holds no adapter's weights itself."""
 
     def __init__(self, model: PreTrainedModel) -> None:
+        """Raises BadInput if a layer mixes tokens otherwise than by attention: rows laid end to end would then see each other."""
+        _refuse_other_mixers(model)
         self.model = model
         self.layers: dict[str, LoraLinear] = install(model)
         self.device = model.device
         model.requires_grad_(False)
         model.set_attn_implementation(STREAM_ATTENTION)
         model.config.use_cache = False
+        model.generation_config = (
+            GenerationConfig()
+        )  # a base's own may penalise repetition: its answers would not be the likeliest
         model.eval()
         _silence_dropout(model)
 
@@ -63,6 +69,14 @@ class ResidentBase:
     def loss_sum(self, stream: Stream) -> Tensor:
         """Return the sum of the cross-entropies [nats] of the stream's supervised tokens; call inside `sequences_of`."""
         return torch.nn.functional.cross_entropy(self.logits(stream), stream.targets_K, reduction="sum")
+
+
+def _refuse_other_mixers(model: PreTrainedModel) -> None:
+    others = sorted({*(getattr(model.config, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
+    if others:
+        raise BadInput(
+            f"the base has layers of the kind {', '.join(others)}; use one whose layers are all full or sliding-window attention."
+        )
 
 
 def _silence_dropout(model: PreTrainedModel) -> None:

@@ -8,11 +8,21 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedModel,
+    Qwen2Config,
+    Qwen3NextConfig,
+)
 
 from infra.errors import BadInput
 from workers.data.render import Example
 from workers.engine.batches import make_stream, rows_of_step
+from workers.engine.generate import generate_answers
 from workers.engine.resident import ResidentBase, measure
 from workers.engine.schedule import learning_rate_at
 from workers.engine.training import Training
@@ -243,3 +253,40 @@ def test_the_first_token_of_a_sequence_is_never_predicted_from_its_neighbour() -
     assert stream.predicting_K.tolist() == [0, 1, 3]
     assert stream.targets_K.tolist() == [6, 7, 9]
     assert stream.position_ids_T.tolist() == [0, 1, 2, 0, 1]
+
+
+def test_an_adapter_of_another_rank_or_other_layers_is_no_start() -> None:
+    one, other = training_of(target_modules=["q_proj"]), training_of(target_modules=["q_proj", "v_proj"])
+    thin = Training(one.base, PeftSpec(r=1, target_modules=["q_proj"]), one.training, one.train, [])
+    for tensors in (other.bank.tensors(), thin.bank.tensors()):
+        with pytest.raises(BadInput, match="initial adapter"):
+            one.bank.load(tensors)
+
+
+def test_answers_are_the_likeliest_whatever_a_base_says_of_sampling() -> None:
+    model = model_of("llama")
+    model.generation_config.repetition_penalty = 50.0
+    (answer,) = generate_answers(ResidentBase(model), [[5, 6, 7]], 12, [])
+    ids = [5, 6, 7]
+    for _ in range(12):
+        ids.append(int(model_of("llama")(torch.tensor([ids])).logits[0, -1].argmax()))
+    assert answer == ids[3:]
+
+
+def test_a_base_that_mixes_tokens_otherwise_is_refused() -> None:
+    mixed = Qwen3NextConfig(
+        **WIDTH, intermediate_size=48, num_key_value_heads=2, head_dim=8, layer_types=["linear_attention", "full_attention"]
+    )
+    with pytest.raises(BadInput, match="linear_attention"):
+        ResidentBase(AutoModelForCausalLM.from_config(mixed))
+    capped = ResidentBase(
+        AutoModelForCausalLM.from_config(Gemma2Config(**WIDTH, intermediate_size=48, num_key_value_heads=2, head_dim=8))
+    )
+    with pytest.raises(BadInput, match="softcap"):
+        measure(capped, examples_of(2), 2)
+
+
+@pytest.mark.parametrize("beta", ["adam_beta1", "adam_beta2"])
+def test_a_beta_of_one_divides_by_zero_and_is_refused(beta: str) -> None:
+    with pytest.raises(ValueError, match=beta):
+        TrainingSpec.model_validate({beta: 1.0})
