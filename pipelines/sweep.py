@@ -18,6 +18,7 @@ from sweeps.study import StudyMirror, no_mirror
 from sweeps.view import SweepView
 from workers import layout
 from workers.fleet import HostFleet
+from workers.job import Job
 from workers.resolve import Resolver
 
 
@@ -66,7 +67,9 @@ def run_spec(workspace: Workspace, spec: SweepSpec, on_change: Callable[[SweepVi
     with workspace.fleet(job.resources.num_threads, min(spec.max_concurrent, spec.num_trials)) as fleet:
         workspace.services.check_at_start()
         resolver = workspace.resolver(Path.cwd())
-        base_id = resolver.resolve(job).base.base_id
+        resolved = resolver.resolve(job)
+        base_id = resolved.base.base_id
+        _check_measured(spec, resolved)
         _check_register(spec)
         with _tracking(workspace, job.tenant, spec.name) as tracking:
             result = run_sweep(spec, _surroundings(workspace, spec, fleet(), resolver, tracking, on_change))
@@ -153,6 +156,14 @@ def _report(workspace: Workspace, result: SweepResult, tracking: Tracking) -> Pa
     path = report_of(workspace, result.tenant, result.name)
     tracking.log.file(sweep_key(result.tenant, result.name), path, "report")
     return path
+
+
+def _check_measured(spec: SweepSpec, job: Job) -> None:
+    """Raise BadInput if no trial could measure the objective: every one would train to its end first."""
+    if job.validation is None:
+        raise BadInput(
+            f"the objective {spec.objectives[0].metric} needs validation rows; give data.validation, or data.validation_split."
+        )
 
 
 def _run_id(workspace: Workspace, key: str) -> str | None:
