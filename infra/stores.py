@@ -30,7 +30,11 @@ def open_store(uri: str, *, endpoint_url: str | None = None) -> Storage:
 
         return S3Storage(uri, endpoint_url=endpoint_url)
     root = _folder(uri)
-    if root.exists() and not root.is_dir():
+    try:
+        is_no_folder = root.exists() and not root.is_dir()
+    except PermissionError:
+        raise ServiceUnavailable(f"no permission to look at the store {root}; grant it, or name another place.") from None
+    if is_no_folder:
         raise BadInput(f"the store {root} is a file; name a folder, which may be missing yet.")
     store = LocalStorage(root)
     store.remove_stale_temporaries()

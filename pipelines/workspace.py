@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra.claims import Owner
+from infra.errors import BadInput
 from infra.logs import set_up_logs
 from infra.services import Services
 from infra.settings import Settings, load_settings
@@ -30,9 +31,19 @@ class Workspace:
 
     @staticmethod
     def here() -> "Workspace":
-        """Find the settings for the current directory; logs go to the home's log file from now on."""
+        """Find the settings for the current directory; logs go to the home's log file from now on.
+
+        Raises BadInput if the settings are wrong or the home cannot be written.
+        """
         settings = load_settings()
-        set_up_logs(settings.home)
+        try:
+            set_up_logs(settings.home)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise BadInput(
+                f"the home {settings.home} cannot be written ({reason}); "
+                "stand in a folder of your own, or set LORAFLEET_HOME to one that can."
+            ) from error
         return Workspace(settings)
 
     @cached_property

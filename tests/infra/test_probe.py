@@ -18,13 +18,11 @@ from tests.contracts.storage_servers import SECRET_KEY, S3Server, free_port
 
 AS_NOBODY = """
 import os, sys
-from infra.local_storage import LocalStorage
-from infra.stores import probe
-from pathlib import Path
+from infra.stores import open_store, probe
 if os.getuid() == 0:
     os.setuid(65534)
 try:
-    probe(LocalStorage(Path(sys.argv[1])))
+    probe(open_store(sys.argv[1]))
 except Exception as error:
     print(f"{type(error).__name__}: {error}")
 """
@@ -181,6 +179,12 @@ def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
     said = run_python(AS_NOBODY, folder)
     assert said.startswith("ServiceUnavailable: no permission to write ")
     assert f"in store {folder}; grant it, or name another place." in said
+    folder.chmod(0o400)
+    said = run_python(AS_NOBODY, folder / "below")
+    assert (
+        said.strip()
+        == f"ServiceUnavailable: no permission to look at the store {folder / 'below'}; grant it, or name another place."
+    )
 
 
 def test_a_file_that_may_not_grow_leaves_nothing_and_says_so(tmp_path: Path) -> None:

@@ -135,6 +135,14 @@ def test_setting_that_is_none_is_a_sentence(cli: CommandLine, monkeypatch: pytes
     assert "Did you mean LORAFLEET_STORE?" in ended.sentence
 
 
+def test_home_that_cannot_be_written_is_a_sentence(cli: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "taken").write_text("")
+    monkeypatch.setenv("LORAFLEET_HOME", str(tmp_path / "taken"))
+    ended = cli("train", "job.yaml")
+    assert ended.code == 2
+    assert f"the home {tmp_path / 'taken'} cannot be written (Not a directory); stand in a folder" in ended.sentence
+
+
 def test_store_that_does_not_answer_is_exit_code_4(cli: CommandLine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LORAFLEET_STORE", "s3://bucket/prefix")
     monkeypatch.setenv("LORAFLEET_S3_ENDPOINT_URL", "http://127.0.0.1:9")
