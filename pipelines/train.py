@@ -67,8 +67,8 @@ def _train_tracked(
         raise
     for chunk in finished.chunks:
         ship(chunk)
-    if finished.adapter_id is not None:
-        log.tags(key, {"lorafleet.adapter_id": finished.adapter_id})
+    ids = {"lorafleet.adapter_id": finished.adapter_id} if finished.adapter_id is not None else {}
+    log.tags(key, ids | {"lorafleet.attempt": str(finished.attempt)})
     log.end(key, f"{finished.status}({finished.reason})" if finished.reason else finished.status)
     return finished
 

@@ -5,6 +5,7 @@ Every job is an attempt with its own claim; nothing of one job reaches another.
 """
 
 import logging
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from infra.claims import Owner
 from infra.crashpoints import crashpoint
@@ -28,6 +30,7 @@ from workers.data.render import Renderer
 from workers.data.rows import Row
 from workers.data.store import load_rows
 from workers.data.tokenizer import load_tokenizer
+from workers.engine.lora import scale_of
 from workers.engine.resident import ResidentBase, has_effect
 from workers.engine.training import StepResult, Training
 from workers.evaluate import answer_metrics, answer_rows
@@ -68,6 +71,10 @@ class Host(Protocol):
 
     def report(self) -> list[JobEvent]:
         """Return what happened since the last call."""
+        ...
+
+    def close(self) -> None:
+        """Let go of every job, whatever it was doing; none is told an end."""
         ...
 
 
@@ -155,7 +162,7 @@ class EngineHost:
         validation = renderer.render_all(rows) if rows else []
         init = None
         if job.init_adapter_id is not None:
-            init = load_adapter(self._store, job.tenant, job.base.base_id, job.init_adapter_id).adapter.tensors
+            init = self._initial_tensors(job)
         training = Training(
             base,
             job.spec.peft,
@@ -167,12 +174,32 @@ class EngineHost:
         )
         return _Seat(job, attempt, training, renderer, rows)
 
+    def _initial_tensors(self, job: Job) -> dict[str, Tensor]:
+        """Return the weights a job continues from. Raises BadInput if they would be scaled otherwise: the adapter would jump."""
+        assert job.init_adapter_id is not None
+        peft = job.spec.peft
+        adapter = load_adapter(self._store, job.tenant, job.base.base_id, job.init_adapter_id).adapter
+        wanted = scale_of(peft.lora_alpha, peft.r, peft.use_rslora)
+        for module in adapter.modules:
+            if not math.isclose(adapter.scale(module), wanted, rel_tol=1e-6):
+                raise BadInput(
+                    f"the initial adapter scales its update by {adapter.scale(module):g}, and peft asks for {wanted:g}; "
+                    "give peft.r, lora_alpha and use_rslora what that adapter has."
+                )
+        return adapter.tensors
+
     def _tell_again(self, seat: _Seat) -> None:
         """Repeat the evaluation that the checkpoint ends with: its answer may have been lost with the attempt before."""
         standing = seat.training.standing
         if standing.last_evaluated == standing.step and standing.last_metrics is not None and not seat.training.is_done:
             self._events.append(Evaluated(seat.job.job_id, standing.step, dict(standing.last_metrics)))
             seat.waits = True
+
+    def close(self) -> None:
+        """Let go of what is still seated, as a process that ends does: its claim is renewed no longer."""
+        if self._seat is not None:
+            self._seat.attempt.close()
+            self._seat = None
 
     def step(self) -> bool:
         seat = self._seat

@@ -28,14 +28,21 @@ class HostTask:
         settings = self.services.settings
         engine_host = importlib.import_module("workers.host").EngineHost  # torch is loaded here, in the host's process
         host: Host = engine_host(self.services.store, self.services.cache_dir, lease_seconds=settings.lease_seconds)
-        busy = False
-        while not channel.closed:
-            orders = channel.receive(0.0 if busy else IDLE_SECONDS)
-            if not carry_out(orders, host):
-                _send(channel, host)
-                return
-            busy = host.step()
+        try:
+            _serve(channel, host)
+        finally:
+            host.close()
+
+
+def _serve(channel: Channel, host: "Host") -> None:
+    busy = False
+    while not channel.closed:
+        orders = channel.receive(0.0 if busy else IDLE_SECONDS)
+        if not carry_out(orders, host):
             _send(channel, host)
+            return
+        busy = host.step()
+        _send(channel, host)
 
 
 def carry_out(orders: Iterable[HostOrder], host: "Host") -> bool:

@@ -63,6 +63,8 @@ class Finished:
     num_tokens: int = 0
     chunks: tuple[str, ...] = ()
     """Keys of all chunks of metric points, in order; the whole curve of the job, each point once."""
+    attempt: int = 0
+    """Epoch of the attempt that ended it; 0 if none was made."""
     reused: bool = False
     """True if the job had succeeded before and nothing was trained."""
 
@@ -95,7 +97,7 @@ class Evict:
 
 @dataclass(frozen=True)
 class Shutdown:
-    """Order to a host: preempt what lives and return."""
+    """Order to a host: return. Jobs that are to go on elsewhere are preempted before."""
 
 
 HostOrder = Admit | Decision | Evict | Shutdown

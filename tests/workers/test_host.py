@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -177,6 +178,25 @@ def test_a_job_continues_from_another_adapter(ground: Ground) -> None:
     second = drive_admitted(ground, job)
     assert job.init_adapter_id == first.adapter_id
     assert ended(second).metrics["eval/loss"] < first.metrics["eval/loss"] * 1.02
+
+
+def test_a_job_does_not_continue_an_adapter_that_was_scaled_otherwise(ground: Ground) -> None:
+    first = ended(drive_admitted(ground, ground.job()))
+    base_id = ground.job().base.base_id
+    ground.resolver.find_adapter = lambda tenant, reference: (base_id, str(first.adapter_id))
+    job = ground.job(peft={"init_adapter": "acme.weather@champion", "lora_alpha": 16})
+    finished = ended(drive_admitted(ground, job))
+    assert finished.status == "failed"
+    assert finished.reason.startswith("bad_input: the initial adapter scales its update by 2, and peft asks for 8")
+
+
+def test_a_host_that_closes_lets_go_of_its_job(ground: Ground) -> None:
+    job, host = ground.job(), ground.host()
+    host.admit(job)
+    drive(host, job, stop_at=1)
+    host.close()
+    assert host.num_free == 1
+    assert not [thread for thread in threading.enumerate() if job.job_id in thread.name]
 
 
 def test_a_job_that_could_not_generate_its_answers_is_refused_before_it_trains(ground: Ground) -> None:
