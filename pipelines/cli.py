@@ -1,6 +1,6 @@
 """The command line: words to functions, errors to sentences and exit codes. Nothing heavy is imported before a command needs it.
 
-Exit codes: 0 ok, 1 work failed, 2 bad input, 3 gate rejected, 4 a service is not reachable; 130 after Ctrl-C.
+Exit codes: 0 ok, 1 work failed, 2 bad input, 3 gate rejected, 4 a service is not reachable; 130 after Ctrl-C or `sweep stop`.
 """
 
 import logging
@@ -11,11 +11,9 @@ import typer
 from rich.console import Console
 
 from infra.errors import LorafleetError
-from pipelines.cli_common import app, load, print_text
+from pipelines.cli_common import INTERRUPTED, app, load, print_text
 
 log = logging.getLogger("lorafleet")
-INTERRUPTED = 130
-"""What typer answers for a Ctrl-C, as shells do."""
 
 for module in ("cli_making", "cli_registry", "cli_operations"):  # --help lists the commands in this order
     load(f"pipelines.{module}")

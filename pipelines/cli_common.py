@@ -20,6 +20,9 @@ from rich.text import Text
 if TYPE_CHECKING:
     from pipelines.workspace import Workspace
 
+INTERRUPTED = 130
+"""Exit code of a command that was ended before its work was: by Ctrl-C, as shells and typer have it, or by `sweep stop`."""
+
 app = typer.Typer(
     help="Train, search, track and promote LoRA adapters, each locked to its base model.",
     no_args_is_help=True,

@@ -7,6 +7,7 @@ import typer
 from rich.console import Console
 
 from pipelines.cli_common import (
+    INTERRUPTED,
     JsonOption,
     SetOption,
     SweepSetOption,
@@ -79,6 +80,8 @@ def _drive_sweep(start: Any, as_json: bool) -> None:
     print_notes(outcome.notes)
     present = load("pipelines.sweep_page")
     print_json(present.summary(outcome)) if as_json else print_text(present.text(outcome))
+    if outcome.result.status == "preempted":
+        raise typer.Exit(INTERRUPTED)
     if outcome.result.status == "failed" or outcome.result.best is None:
         raise typer.Exit(1)
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from infra.crashpoints import crashpoint
 from infra.errors import BadInput, ClaimHeld, ServiceUnavailable
+from infra.storage import Storage
 from pipelines.files import load_sweep
 from pipelines.promote import register_best
+from pipelines.references import find_reference
 from pipelines.workspace import Tracking, Workspace
 from sweeps.ledger import read_spec
 from sweeps.projection import sweep_key, trial_key
@@ -28,7 +30,10 @@ class SweepOutcome:
 
     result: SweepResult
     registered: str | None
-    """Reference of the registered best, "acme.support@challenger"; None if nothing was registered."""
+    """Reference of the registered best: "acme.support@challenger", or its id where that alias is a later one's by now.
+
+    None if nothing was registered.
+    """
     report: Path | None
     notes: tuple[str, ...]
     num_unshipped: int
@@ -209,4 +214,9 @@ def _register(
         run_id=_run_id(workspace, trial_key(result.tenant, result.name, best.number)),
     )
     crashpoint("sweep-registered", best.adapter_id)
-    return f"{result.tenant}.{task}@{offer.alias}", outcome.note
+    return reference_to(workspace.store, f"{result.tenant}.{task}@{offer.alias}", best.adapter_id), outcome.note
+
+
+def reference_to(store: Storage, alias: str, adapter_id: str) -> str:
+    """Return the `alias` that an adapter was offered under, or its id if a later candidate has taken the alias over."""
+    return alias if find_reference(store, alias).adapter_id == adapter_id else adapter_id

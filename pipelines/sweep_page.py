@@ -124,8 +124,11 @@ def extend(workspace: Workspace, reference: str, num_trials: int) -> str:
 
 
 def stop(workspace: Workspace, reference: str) -> str:
-    """Ask the driver to end; return the sentence that says so."""
+    """Ask the driver to end; return the sentence that says so, or that there is nothing to end."""
     tenant, name = find_sweep(workspace, reference)
+    found = control.status(workspace.store, tenant, name).status
+    if found != "running":
+        return f"sweep {tenant}/{name} is not running ({found}); there is nothing to stop."
     control.stop(workspace.store, tenant, name)
     return f"sweep {tenant}/{name} was asked to stop; continue it with: lorafleet sweep resume {tenant}/{name}"
 

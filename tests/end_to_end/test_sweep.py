@@ -56,6 +56,13 @@ def test_report_stands_alone(swept: Ground) -> None:
     assert 'src="http' not in page
 
 
+def test_finished_sweep_has_nothing_to_stop(swept: Ground) -> None:
+    before = swept.run("sweep", "status", f"{TENANT}/{SWEEP}", "--json").out
+    asked = swept.run("sweep", "stop", f"{TENANT}/{SWEEP}")
+    assert (asked.code, asked.out) == (0, f"sweep {TENANT}/{SWEEP} is not running (complete); there is nothing to stop.\n")
+    assert swept.run("sweep", "status", f"{TENANT}/{SWEEP}", "--json").out == before
+
+
 def test_mlflow_has_a_run_for_the_sweep_and_one_per_trial_none_of_them_open(swept: Ground) -> None:
     runs, trials = runs_of(swept), swept.trials()
     (parent,) = [run for run in runs if run.name == SWEEP]
