@@ -4,6 +4,7 @@ import logging
 import logging.handlers
 import os
 import re
+import sys
 from pathlib import Path
 
 OUR_PACKAGES = ("infra", "workers", "sweeps", "pipelines", "lorafleet")
@@ -49,6 +50,23 @@ class RedactingFormatter(logging.Formatter):
         return redact(super().format(record))
 
 
+class LogFile(logging.handlers.RotatingFileHandler):
+    """A log file whose full disk is told once, in a sentence, and ends nothing."""
+
+    _is_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802  the name is logging's
+        error = sys.exception()
+        if not isinstance(error, OSError):
+            return super().handleError(record)
+        if not self._is_told:
+            self._is_told = True
+            sys.stderr.write(
+                f"note: the log file {self.baseFilename} cannot be written ({error.strerror}); going on without it.\n"
+            )
+        return None
+
+
 def set_up_logs(home: Path, *, verbose: bool = False, file_name: str = "lorafleet.log") -> Path:
     """Send our messages to stderr and everything to `<home>/logs/<file_name>`; return that file's path.
 
@@ -57,7 +75,7 @@ def set_up_logs(home: Path, *, verbose: bool = False, file_name: str = "loraflee
     """
     path = home / "logs" / file_name
     path.parent.mkdir(parents=True, exist_ok=True)
-    to_file = logging.handlers.RotatingFileHandler(path, maxBytes=FILE_BYTES, backupCount=5, encoding="utf-8", delay=True)
+    to_file = LogFile(path, maxBytes=FILE_BYTES, backupCount=5, encoding="utf-8", delay=True)
     to_file.setFormatter(RedactingFormatter("%(asctime)s %(process)d %(levelname)s %(name)s: %(message)s"))
     to_people = logging.StreamHandler()
     to_people.setFormatter(RedactingFormatter("%(message)s"))

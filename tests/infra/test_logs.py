@@ -72,6 +72,15 @@ def test_people_see_our_sentences_and_the_file_everything_and_nobody_secrets(tmp
     assert "hunter2" not in written
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full here")
+def test_log_file_on_a_full_disk_is_told_once_and_ends_nothing(tmp_path: Path) -> None:
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "lorafleet.log").symlink_to("/dev/full")
+    done = subprocess.run([sys.executable, "-c", PROGRAM, str(tmp_path)], capture_output=True, text=True)
+    told = f"note: the log file {tmp_path}/logs/lorafleet.log cannot be written (No space left on device); going on without it."
+    assert (done.returncode, sorted(done.stderr.splitlines())) == (0, ["A sentence for people.", told])
+
+
 def test_setting_up_leaves_handlers_of_others_in_place(tmp_path: Path) -> None:
     program = """
 import logging, sys
