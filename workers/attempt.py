@@ -53,8 +53,8 @@ class Attempt:
         lease = claim(store, key, STATE_FORMAT, FRESH, owner=owner, lease_seconds=lease_seconds)
         if _is_final(lease.body):  # the owner that was waited for has finished it
             lease.release()
-            return _finished(job.job_id, lease.body, lease.epoch, reused=True)
-        lease.update({"status": "running", "reason": ""})
+            return _finished(job.job_id, lease.body, reused=True)
+        lease.update({"status": "running", "reason": "", "attempt": lease.epoch})
         crashpoint("job-claimed", job.job_id)
         attempt = Attempt(store, job, lease)
         attempt._renewal.enter_context(lease.keep_alive())
@@ -127,7 +127,7 @@ class Attempt:
         crashpoint("job-committed", self.job.job_id)
         if before is not None:
             delete_checkpoint(self.store, before["prefix"])
-        return _finished(self.job.job_id, self.lease.body, self.lease.epoch)
+        return _finished(self.job.job_id, self.lease.body)
 
     def end(self, status: JobStatus, reason: str = "", *, num_steps: int = 0, num_tokens: int = 0) -> Finished:
         """Commit another end than success, after so many steps; the last checkpoint stays for a later try."""
@@ -136,7 +136,7 @@ class Attempt:
         self.lease.release({**body, **self._effort()})
         self.close()
         crashpoint("job-ended", self.job.job_id)
-        return _finished(self.job.job_id, self.lease.body, self.lease.epoch)
+        return _finished(self.job.job_id, self.lease.body)
 
     def _write_chunk(self) -> tuple[str, list[str]]:
         """Write the points noted since the last chunk; return its key ("" if there are none) and the list with it."""
@@ -170,7 +170,7 @@ def recorded_end(store: Storage, job: Job) -> Finished | None:
     found = read_document(store, layout.job_state(job.tenant, job.base.base_id, job.job_id), STATE_FORMAT)
     if found is None:
         return None
-    return _finished(job.job_id, found.body, found.epoch, reused=True) if _is_final(found.body) else None
+    return _finished(job.job_id, found.body, reused=True) if _is_final(found.body) else None
 
 
 def _is_final(body: Mapping[str, Any]) -> bool:
@@ -178,7 +178,7 @@ def _is_final(body: Mapping[str, Any]) -> bool:
     return body["status"] == "succeeded" or (body["status"] == "failed" and word in DETERMINISTIC_FAILURES)
 
 
-def _finished(job_id: str, body: Mapping[str, Any], attempt: int, *, reused: bool = False) -> Finished:
+def _finished(job_id: str, body: Mapping[str, Any], *, reused: bool = False) -> Finished:
     return Finished(
         job_id=job_id,
         status=body["status"],
@@ -191,7 +191,7 @@ def _finished(job_id: str, body: Mapping[str, Any], attempt: int, *, reused: boo
         num_tokens=body["num_tokens"],
         reused=reused,
         chunks=tuple(body["chunks"]),
-        attempt=attempt,
+        attempt=body["attempt"],
     )
 
 

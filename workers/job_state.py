@@ -17,6 +17,7 @@ CANCEL_FORMAT = "cancel/1"
 FRESH: dict[str, Any] = {
     "status": "queued",
     "reason": "",
+    "attempt": 0,
     "checkpoint": None,
     "chunks": [],
     "adapter_id": None,

@@ -5,7 +5,8 @@ import pickle
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -169,13 +170,18 @@ def test_objects_below_an_object_are_refused(local_store: LocalStorage) -> None:
     local_store.put("c", b"free again")
 
 
-def test_a_folder_without_permission_is_named(tmp_path: Path) -> None:
-    folder = Path(os.path.realpath(tmp_path)) / "store"
+@pytest.fixture
+def open_folder() -> Iterator[Path]:
+    """A folder whose parents anybody may enter, as pytest's own may not."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        Path(folder).chmod(0o755)
+        yield Path(os.path.realpath(folder))
+
+
+def test_a_folder_without_permission_is_named(open_folder: Path) -> None:
+    folder = open_folder / "store"
     folder.mkdir()
     folder.chmod(0o555)
-    for parent in folder.parents:  # pytest keeps its folders from others, among whom is nobody
-        if parent.is_relative_to(tmp_path.parent.parent):
-            parent.chmod(0o755)
     said = run_python(AS_NOBODY, folder)
     assert said.startswith("ServiceUnavailable: no permission to write ")
     assert f"in store {folder}; grant it, or name another place." in said
