@@ -20,6 +20,7 @@ from infra.errors import BadInput
 from infra.fingerprint import id_of_json
 from workers.engine.lora import LoraLinear, scale_of
 from workers.spec import PeftSpec
+from workers.targets import alphas_of, ranks_of
 
 ADAPTER_VERSION = 1
 PREFIX = "base_model.model."
@@ -105,6 +106,8 @@ def build_adapter(peft: PeftSpec, model: PreTrainedModel, tensors: Mapping[str, 
         target_modules=canonical_targets(modules, (name for name, _ in model.named_modules())),
         base_model_name_or_path=name_or_path,
         fan_in_fan_out=any(isinstance(_linear(model.get_submodule(name)), Conv1D) for name in modules),
+        rank_pattern={name: r for name, r in ranks_of(peft, modules).items() if r != peft.r},
+        alpha_pattern={name: alpha for name, alpha in alphas_of(peft, modules).items() if alpha != peft.lora_alpha},
     )
     return make_adapter(config, tensors, "the trained adapter")
 

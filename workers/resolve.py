@@ -20,7 +20,7 @@ from workers.data.tokenizer import load_tokenizer
 from workers.identity import BaseIdentity, identify, training_view
 from workers.job import BaseRef, DataRef, Job, pin
 from workers.spec import BaseModelSpec, DataSpec, JobSpec
-from workers.targets import check_rank, linears_of_tensors, select_targets
+from workers.targets import alphas_of, check_ranks, linears_of_tensors, ranks_of, select_targets
 
 AdapterFinder = Callable[[str, str], tuple[str, str]]
 """(tenant, reference) -> (base_id, adapter_id) of a stored adapter; raises BadInput."""
@@ -91,7 +91,8 @@ class Resolver:
             raise BadInput("base_model.quantization: 4-bit bases cannot be trained yet; set it to null.")
         shapes = linears_of_tensors(base.identity.shapes)
         targets = select_targets(spec.peft.target_modules, list(shapes))
-        check_rank(spec.peft.r, targets, shapes)
+        check_ranks(ranks_of(spec.peft, targets), shapes)
+        alphas_of(spec.peft, targets)
 
     def _init_adapter(self, spec: JobSpec, base: _Base) -> str | None:
         if spec.peft.init_adapter is None:

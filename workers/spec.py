@@ -73,6 +73,12 @@ class PeftSpec(StrictModel):
     lora_alpha: Annotated[float, Field(gt=0)] = Field(32, description="Scale: the update is multiplied by lora_alpha / r.")
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Dropout on the adapter's input.")
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
+    rank_pattern: dict[ModuleName, Positive] = Field(
+        default_factory=dict, description="Ranks of some layers, by module name (q_proj, layers.0.self_attn.q_proj); the others have r."
+    )
+    alpha_pattern: dict[ModuleName, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="lora_alpha of some layers, by module name; the others have lora_alpha."
+    )
     target_modules: Literal["attention", "mlp", "all-linear"] | list[ModuleName] = Field(
         "all-linear", description="Linear layers to adapt: a preset or a list of module names."
     )
@@ -97,6 +103,9 @@ class TrainingSpec(StrictModel):
     adam_beta1: Decay = Field(0.9, description="AdamW beta 1.")
     adam_beta2: Decay = Field(0.999, description="AdamW beta 2.")
     adam_epsilon: Annotated[float, Field(gt=0)] = Field(1e-8, description="AdamW epsilon.")
+    loraplus_lr_ratio: Annotated[float, Field(ge=1)] = Field(
+        1.0, description="LoRA+: the learning rate of the factors B is so many times that of the factors A."
+    )
     max_grad_norm: Annotated[float, Field(ge=0)] = Field(1.0, description="Clip the gradient to this norm; 0 does not clip.")
     max_length: Positive = Field(1024, description="Tokens of a row; longer rows are cut on the right.")
     eval_steps: Positive | None = Field(None, description="Steps between evaluations; None: at the end only.")

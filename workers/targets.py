@@ -5,13 +5,18 @@ Works on names and shapes alone, so that a job is checked without building the m
 
 import difflib
 from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from infra.errors import BadInput
+from workers.spec import PeftSpec
 
 ATTENTION_PARTS = ("attn", "attention", "self_attention")
 MLP_PARTS = ("mlp", "feed_forward", "ffn", "fc1", "fc2", "intermediate", "output")
 NOT_ADAPTED = ("lm_head", "embed_tokens", "embed_positions", "embeddings", "wte", "wpe", "score", "classifier", "embed_out")
 """Heads and embeddings: PEFT's all-linear leaves the output head alone, too."""
+
+
+Value = TypeVar("Value")
 
 
 def linears_of_tensors(shapes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, int]]:
@@ -46,9 +51,38 @@ def select_targets(target_modules: str | Sequence[str], modules: Sequence[str]) 
     return [name for name in modules if any(_matches(wanted, name) for wanted in target_modules)]
 
 
-def check_rank(r: int, targets: Sequence[str], shapes: Mapping[str, tuple[int, int]]) -> None:
-    """Raise BadInput if `r` exceeds the smaller side of a target: such an update has more parameters than the layer."""
-    for name in targets:
+def ranks_of(peft: PeftSpec, targets: Sequence[str]) -> dict[str, int]:
+    """Return the rank of each target: `rank_pattern` where it names the layer (the longest name that does), else `r`.
+
+    Raises BadInput if the pattern names a layer that is not adapted.
+    """
+    _check_pattern("rank_pattern", peft.rank_pattern, targets)
+    return {name: _of_pattern(peft.rank_pattern, name, peft.r) for name in targets}
+
+
+def alphas_of(peft: PeftSpec, targets: Sequence[str]) -> dict[str, float]:
+    """Return lora_alpha of each target: `alpha_pattern` where it names the layer (the longest name that does), else `lora_alpha`.
+
+    Raises BadInput if the pattern names a layer that is not adapted.
+    """
+    _check_pattern("alpha_pattern", peft.alpha_pattern, targets)
+    return {name: _of_pattern(peft.alpha_pattern, name, peft.lora_alpha) for name in targets}
+
+
+def _of_pattern(pattern: Mapping[str, Value], name: str, default: Value) -> Value:
+    wanted = max((key for key in pattern if _matches(key, name)), key=len, default=None)
+    return default if wanted is None else pattern[wanted]
+
+
+def _check_pattern(what: str, pattern: Mapping[str, object], targets: Sequence[str]) -> None:
+    for key in pattern:
+        if not any(_matches(key, name) for name in targets):
+            raise BadInput(f"peft.{what}: '{key}' names no adapted layer. {_hint(key, targets)}")
+
+
+def check_ranks(ranks: Mapping[str, int], shapes: Mapping[str, tuple[int, int]]) -> None:
+    """Raise BadInput if a rank exceeds the smaller side of its layer: such an update has more parameters than the layer."""
+    for name, r in ranks.items():
         if r > min(shapes[name]):
             rows, columns = shapes[name]
             raise BadInput(
