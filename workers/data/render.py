@@ -44,6 +44,8 @@ class Example:
     """File and line, for people."""
     was_cut: bool = False
     """Whether tokens beyond the maximal length were left out."""
+    label: int | None = None
+    """Place of the row's label among the job's labels; None unless rows are classified (then no token is supervised)."""
 
     @property
     def num_supervised(self) -> int:
