@@ -48,6 +48,8 @@ class Job:
     validation: DataRef | None
     test: DataRef | None
     init_adapter_id: str | None
+    labels: tuple[str, ...] = ()
+    """What a classifier (SEQ_CLS) tells apart, in the order of its head's rows; none for other jobs."""
 
     @property
     def tenant(self) -> str:
@@ -63,6 +65,7 @@ class Job:
             "validation": self.validation and asdict(self.validation),
             "test": self.test and asdict(self.test),
             "init_adapter_id": self.init_adapter_id,
+            "labels": list(self.labels),
         }
 
     @staticmethod
@@ -76,6 +79,7 @@ class Job:
             validation=DataRef(**body["validation"]) if body["validation"] else None,
             test=DataRef(**body["test"]) if body["test"] else None,
             init_adapter_id=body["init_adapter_id"],
+            labels=tuple(body.get("labels", ())),  # jobs from before there were classifiers have no such key
         )
 
 
@@ -86,6 +90,7 @@ def pin(
     validation: DataRef | None,
     test: DataRef | None,
     init_adapter_id: str | None,
+    labels: tuple[str, ...] = (),
 ) -> Job:
     """Make the job of pinned inputs. Its id covers all that alters the result: not task, names, paths, priority or test data."""
     identity = {
@@ -95,6 +100,7 @@ def pin(
         "training_view": base.training_view,
         "prompt_contract": base.prompt_contract,
         "task_type": spec.task_type,
+        "labels": list(labels),
         "train": train.digest,
         "validation": validation and validation.digest,
         "init_adapter_id": init_adapter_id,
@@ -103,4 +109,4 @@ def pin(
         "evaluation": spec.evaluation.model_dump(mode="json"),
         "num_threads": spec.resources.num_threads,
     }
-    return Job(id_of_json(identity), spec, base, train, validation, test, init_adapter_id)
+    return Job(id_of_json(identity), spec, base, train, validation, test, init_adapter_id, labels)

@@ -32,6 +32,7 @@ Name = Annotated[str, AfterValidator(check_name)]
 ModuleName = Annotated[str, AfterValidator(_check_module_name)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 Positive = Annotated[int, Field(gt=0)]
+TaskType = Literal["CAUSAL_LM", "SEQ_CLS"]
 DataFormat = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text", "preference", "classification"]
 
 
@@ -150,9 +151,22 @@ class JobSpec(StrictModel):
     tenant: Name = Field(description="Customer that data and adapter belong to.")
     task: Name = Field(description="One use of the customer; the registered model is <tenant>.<task>.")
     base_model: BaseModelSpec = Field(description="The frozen base model.")
-    task_type: Literal["CAUSAL_LM"] = Field("CAUSAL_LM", description="Kind of model.")
+    task_type: TaskType = Field(
+        "CAUSAL_LM", description="CAUSAL_LM learns to write answers, SEQ_CLS to label texts (rows of text and label)."
+    )
     data: DataSpec = Field(description="Rows to train and validate on.")
     peft: PeftSpec = Field(default_factory=lambda: PeftSpec(), description="The adapter.")
     training: TrainingSpec = Field(default_factory=lambda: TrainingSpec(), description="How to train.")
     evaluation: EvaluationSpec = Field(default_factory=lambda: EvaluationSpec(), description="What is measured.")
     resources: ResourcesSpec = Field(default_factory=lambda: ResourcesSpec(), description="What it may use.")
+
+
+def metrics_of(spec: JobSpec) -> tuple[str, ...]:
+    """Return the names of what such a job measures on its validation rows: what a sweep's objective may be."""
+    if spec.task_type == "SEQ_CLS":
+        return ("eval/loss", "eval/accuracy", "eval/macro_f1")
+    measured = ("eval/loss", "eval/perplexity", "eval/bits_per_byte", "eval/token_accuracy")
+    if not spec.evaluation.generate:
+        return measured
+    answered = ("eval/exact_match", "eval/format_validity") if spec.evaluation.format_pattern else ("eval/exact_match",)
+    return measured + answered
