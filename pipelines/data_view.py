@@ -1,4 +1,4 @@
-"""`lorafleet data inspect job.yaml`: rows as tokens are trained on, the supervised ones standing out."""
+"""`lorafleet data inspect job.yaml`: rows as tokens are trained on, the supervised ones standing out, or with their labels."""
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -10,7 +10,7 @@ from rich.text import Text
 
 from pipelines.files import load_job
 from pipelines.workspace import Workspace
-from workers.data.inspect import DataSummary, InspectedRow, inspect_rows, inspect_text, summarize, summary_lines
+from workers.data.inspect import DataSummary, InspectedRow, inspect_rows, inspect_text, summarize, summary_lines, what_is_learned
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ def show(inspection: Inspection, console: Console) -> None:
 
 
 def _coloured(row: InspectedRow) -> Text:
-    text = Text(f"{row.where}  {row.num_supervised_tokens} of {row.num_tokens} tokens\n", style="bold")
+    text = Text(f"{row.where}  {row.num_tokens} tokens, {what_is_learned(row)}\n", style="bold")
     for segment in row.segments:
         text.append(segment.text, style="black on green" if segment.supervised else "dim")
     return text.append("\n")

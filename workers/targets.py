@@ -12,8 +12,11 @@ from workers.spec import PeftSpec
 
 ATTENTION_PARTS = ("attn", "attention", "self_attention")
 MLP_PARTS = ("mlp", "feed_forward", "ffn", "fc1", "fc2", "intermediate", "output")
-NOT_ADAPTED = ("lm_head", "embed_tokens", "embed_positions", "embeddings", "wte", "wpe", "score", "classifier", "embed_out")
-"""Heads and embeddings: PEFT's all-linear leaves the output head alone, too."""
+NOT_ADAPTED = (
+    "lm_head", "embed_tokens", "embed_positions", "embeddings", "wte", "wpe", "score", "classifier", "embed_out", "pooler", "cls",
+)  # fmt: skip
+"""Heads and embeddings, as PEFT's all-linear leaves the output head alone; BERT's pooler, which is part of what a head reads,
+and its heads of pretraining."""
 
 
 Value = TypeVar("Value")

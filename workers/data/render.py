@@ -10,6 +10,8 @@ tokenised together, the last token of the prompt could swallow the first letters
 generation to continue from ids it was never trained behind. BOS stands there if the tokenizer itself puts it there.
 Plain `text` is [BOS] text EOS, all of it trained on.
 
+Rows that are classified are a text in the tokenizer's own frame, with the number of their label; see `classification`.
+
 Rows are never padded, so an EOS that doubles as padding keeps its place in the loss.
 """
 
@@ -22,6 +24,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import BadInput
+from workers.data.classification import fit_in_frame, frame_of, label_numbers
 from workers.data.contract import default_template_of
 from workers.data.formats import is_trained
 from workers.data.rows import Row, refuse_untrainable
@@ -61,15 +64,18 @@ class Renderer:
         max_length: int,
         template: str | None = None,
         context_length: int | None = None,
+        labels: Sequence[str] = (),
     ) -> None:
         """Rows are cut on the right at `max_length` tokens, or at the base's `context_length` if that is less.
 
-        `template` is the text of a chat template; None takes the tokenizer's own, and our default one if it has none.
+        `template` is the text of a chat template; None takes the tokenizer's own, and our default one if it has none. With
+        `labels`, those of a classifier in their order, rows are text to classify; without, text to learn to write.
         """
         self.tokenizer = tokenizer
         self.max_length = min(max_length, context_length or max_length)
         self._template_text = template or default_template_of(tokenizer.chat_template, "the base's tokenizer")
-        self._leading = _ids_put_in_front(tokenizer)
+        self._leading, self._trailing = frame_of(tokenizer)
+        self.labels = tuple(labels)
 
     def render(self, row: Row) -> Example:
         """Render one row. Raises BadInput as `render_all` does."""
@@ -78,11 +84,11 @@ class Renderer:
     def render_all(self, rows: Sequence[Row]) -> list[Example]:
         """Render rows of one kind, in order.
 
-        Raises BadInput if a CAUSAL_LM cannot be trained on this kind, if the chat template refuses a row or does not nest, or
-        if rows have no target left after the cut; the first of them is named, with how many there are.
+        Raises BadInput if such a job cannot be trained on this kind, if the chat template refuses a row or does not nest, if
+        rows have no target left after the cut (the first of them is named, with how many there are), or a label is unknown.
         """
         examples = self.render_unchecked(rows)
-        empty = [example for example in examples if not example.num_supervised]
+        empty = [example for example in examples if example.label is None and not example.num_supervised]
         if empty:
             raise BadInput(
                 f"{len(empty)} of {len(examples)} rows have no supervised token within max_length {self.max_length} "
@@ -92,6 +98,8 @@ class Renderer:
 
     def render_unchecked(self, rows: Sequence[Row]) -> list[Example]:
         """Render as `render_all`, but let rows pass whose targets were all cut away."""
+        if self.labels:
+            return self._classified_examples(rows)
         refuse_untrainable(rows)
         match rows[0].kind:
             case "messages":
@@ -105,8 +113,11 @@ class Renderer:
     def prompt_ids(self, row: Row) -> list[int]:
         """Return the ids that the row's last trained answer is generated from: a prefix of its training ids, uncut.
 
-        For a chat template this is the conversation before that answer with the generation prompt. Raises BadInput for text rows.
+        For a chat template this is the conversation before that answer with the generation prompt. Raises BadInput for text rows
+        and for a classifier's.
         """
+        if self.labels:
+            raise BadInput(f"{row.where} is a text to classify, which nothing is generated for; set evaluation.generate: 0.")
         refuse_untrainable([row])
         match row.kind:
             case "messages":
@@ -224,6 +235,17 @@ class Renderer:
             examples.append(self._cut(head + tail, [False] * len(head) + [True] * len(tail), row.where))
         return examples
 
+    def _classified_examples(self, rows: Sequence[Row]) -> list[Example]:
+        numbers = label_numbers(rows, self.labels)
+        texts = self._tokenise([row.body["text"] for row in rows])
+        examples = []
+        for row, number, text in zip(rows, numbers, texts, strict=True):
+            if not text:
+                raise BadInput(f"{row.where} has a text without any token for this tokenizer; drop the row.")
+            ids, was_cut = fit_in_frame(text, (self._leading, self._trailing), self.max_length)
+            examples.append(Example(ids, [False] * len(ids), row.where, was_cut, number))
+        return examples
+
     def _render_conversations(self, rows: Sequence[Row]) -> list[Example]:
         conversations = self._template.render(rows)
         encoded = self._encode([conversation.text for conversation in conversations], offsets=True)
@@ -252,16 +274,6 @@ def _prompt_text(row: Row) -> str:
     """Return the prompt of a plain row with its separator (see the top of the module)."""
     prompt = str(row.body["prompt"])
     return prompt if not prompt or prompt[-1].isspace() else f"{prompt}\n"
-
-
-def _ids_put_in_front(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Return the special ids that the tokenizer puts before a text (BOS, where there is one)."""
-    with_special: list[int] = tokenizer("a")["input_ids"]
-    plain: list[int] = tokenizer("a", add_special_tokens=False)["input_ids"]
-    for length in range(len(with_special) - len(plain) + 1):
-        if with_special[length : length + len(plain)] == plain:
-            return with_special[:length]
-    return []
 
 
 def _mask(offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]]) -> list[bool]:

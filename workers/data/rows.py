@@ -25,8 +25,8 @@ KINDS: dict[frozenset[str], Kind] = {
 }
 _WAYS_OUT = {
     "preference": "preference training (DPO) is not there; write each chosen answer as the 'completion' of its 'prompt'",
-    "classification": "CAUSAL_LM trains on text; write the text as 'prompt' and the label as 'completion', "
-    "or set data.format: text to train on the text alone",
+    "classification": "CAUSAL_LM learns to write; set task_type: SEQ_CLS to train a classifier, write the text as 'prompt' and "
+    "the label as 'completion', or set data.format: text to train on the text alone",
 }
 
 
