@@ -3,9 +3,10 @@
 A frozen linear has no gradient of its own, therefore these two products are all there is; they are written without autograd, so
 that the packed LoRA function decides what is kept. They are the operations that autograd would run, so that a layer gives the
 same bits either way. Of a 4-bit layer (bitsandbytes; QLoRA, arXiv:2305.14314) each product dequantises the weight
-once, however many adapters have rows in it. Axes: T tokens, I inputs, O outputs.
+once, however many adapters have rows in it. Axes: T tokens (any leading axes will do), I inputs, O outputs.
 """
 
+import copy
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -92,7 +93,8 @@ class FrozenConv1D:
     @torch.no_grad()
     def product(self, x_TI: Tensor) -> Tensor:
         """Return y [T, O]."""
-        return torch.addmm(self.module.bias, x_TI, self.module.weight)
+        y_TO = torch.addmm(self.module.bias, x_TI.reshape(-1, self.in_features), self.module.weight)
+        return y_TO.view(*x_TI.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def input_gradient(self, gy_TO: Tensor) -> Tensor:
@@ -103,9 +105,10 @@ class FrozenConv1D:
 class FrozenLinear4bit:
     """bitsandbytes' `Linear4bit`: packed codes, dequantised to [O, I] for each product and forgotten after it.
 
-    On CPUs with AVX-512 bfloat16 instructions a forward of the module without gradients would rewrite weight and constants for
-    an inference kernel, rounding the constants for good (bitsandbytes 0.50.2; it also fails where O is no multiple of 32).
-    Training and evaluation must see one weight: that is switched off here for the module.
+    The module's own forward differs on two kinds of CPU (bitsandbytes 0.50.2), and is not to be used where this is:
+    with AVX-512, where I is a multiple of 16 and not of the block size, it takes the constants of wrong blocks; with AVX-512
+    bfloat16 instructions, a forward without gradients rewrites weight and constants for an inference kernel, rounding the
+    constants for good. The first is avoided by dequantising the blocks as rows, the second is switched off for the module.
     """
 
     def __init__(self, module: Any) -> None:
@@ -120,23 +123,33 @@ class FrozenLinear4bit:
     @torch.no_grad()
     def product(self, x_TI: Tensor) -> Tensor:
         """Return y [T, O], computed in the layer's compute type."""
-        weight_OI = self._dequantised(x_TI)
+        weight_OI = self._dequantised(x_TI.dtype)
         bias_O = None if self.module.bias is None else self.module.bias.to(weight_OI.dtype)
         return nn.functional.linear(x_TI.to(weight_OI.dtype), weight_OI, bias_O).to(x_TI.dtype)
 
     @torch.no_grad()
     def input_gradient(self, gy_TO: Tensor) -> Tensor:
         """Return gx [T, I], computed in the layer's compute type."""
-        weight_OI = self._dequantised(gy_TO)
+        weight_OI = self._dequantised(gy_TO.dtype)
         return (gy_TO.to(weight_OI.dtype) @ weight_OI).to(gy_TO.dtype)
 
-    def _dequantised(self, like: Tensor) -> Tensor:
-        """Return the weight [O, I] in the layer's compute type, that of `like` where the layer has none."""
+    def _dequantised(self, default: torch.dtype) -> Tensor:
+        """Return the weight [O, I] in the layer's compute type, in `default` where the layer has none."""
         from bitsandbytes.functional import dequantize_4bit  # loading it takes seconds: only where there is such a layer
 
         weight = self.module.weight
-        dtype = self.module.compute_dtype or like.dtype
-        return dequantize_4bit(weight.data, weight.quant_state).to(dtype)
+        num_elements = self.out_features * self.in_features
+        state = copy.copy(weight.quant_state)
+        state.shape = _rows_of_blocks(num_elements, state.blocksize)
+        values = dequantize_4bit(weight.data, state).flatten()[:num_elements]
+        return values.view(self.out_features, self.in_features).to(self.module.compute_dtype or default)
+
+
+def _rows_of_blocks(num_elements: int, blocksize: int) -> torch.Size:
+    """Return a shape whose rows are blocks; if the last block is not full, one row of all (of even length: a byte holds two)."""
+    if num_elements % blocksize == 0:
+        return torch.Size((num_elements // blocksize, blocksize))
+    return torch.Size((1, num_elements + num_elements % 2))
 
 
 def keep_training_layout(module: nn.Module) -> None:
