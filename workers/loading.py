@@ -1,6 +1,7 @@
 """Loading a base model for training: frozen, quiet, nothing from the network, and checked against its files."""
 
 import contextlib
+import logging
 import threading
 from collections.abc import Container, Iterator, Mapping
 from pathlib import Path
@@ -9,10 +10,12 @@ from typing import Any, cast
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from infra.errors import BadInput
-from workers.spec import BaseModelSpec
+from workers.engine.frozen import keep_training_layout
+from workers.spec import BaseModelSpec, QuantizationSpec
+from workers.targets import NOT_ADAPTED
 from workers.weight_files import find_weights
 
 NUM_CHECKED_TENSORS = 4
@@ -25,26 +28,29 @@ _ONE_AT_A_TIME = threading.Lock()
 def load_model(path: Path, spec: BaseModelSpec, *, device: str = "cpu") -> PreTrainedModel:
     """Load the base in `path` in the dtype of `spec`: frozen, in eval mode, nothing from the network, never a pickle.
 
+    With `spec.quantization` the linears that an adapter may touch are held in 4 bits and compute in that dtype; heads,
+    embeddings and norms stay as they are, and the same files give the same packed bytes on every load.
+
     Raises BadInput if the folder cannot make a causal language model, if weights are missing for it (they would be random),
-    or if a sample of loaded tensors is not what the files hold.
+    if a sample of loaded tensors is not what the files hold, or if bitsandbytes is needed and cannot be imported.
     """
-    if spec.quantization is not None:
-        raise BadInput("4-bit bases cannot be trained by this version; set base_model.quantization to null.")
     weights = find_weights(path)
     with _ONE_AT_A_TIME, quiet():
-        model, report = _from_pretrained(path, spec)
+        model, report = _from_pretrained(path, spec, device)
     missing = sorted(report["missing_keys"])
     if missing:
         raise BadInput(
             f"the base {path} has no weights for {missing[0]} ({len(missing)} such tensors); it is no causal language model."
         )
     _check_sample(model, weights)
+    keep_training_layout(model)
     model.eval()
     model.requires_grad_(False)
     return model.to(device)  # type: ignore[arg-type]
 
 
-def _from_pretrained(path: Path, spec: BaseModelSpec) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+def _from_pretrained(path: Path, spec: BaseModelSpec, device: str) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+    quantized = {} if spec.quantization is None else _quantized(spec.quantization, spec.dtype, device)
     try:
         loaded = AutoModelForCausalLM.from_pretrained(
             path,
@@ -53,6 +59,7 @@ def _from_pretrained(path: Path, spec: BaseModelSpec) -> tuple[PreTrainedModel, 
             use_safetensors=True,
             trust_remote_code=spec.trust_remote_code,
             output_loading_info=True,
+            **quantized,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -60,12 +67,40 @@ def _from_pretrained(path: Path, spec: BaseModelSpec) -> tuple[PreTrainedModel, 
     return cast(tuple[PreTrainedModel, Mapping[str, Any]], loaded)
 
 
+def _quantized(quantization: QuantizationSpec, dtype: str, device: str) -> dict[str, Any]:
+    """Return what makes transformers quantise while it loads: on `device`, every linear that an adapter may touch."""
+    _import_bitsandbytes()
+    config = BitsAndBytesConfig(
+        **quantization.model_dump(),
+        bnb_4bit_compute_dtype=getattr(torch, dtype),
+        llm_int8_skip_modules=[rf"(?:.*\.)?{name}" for name in NOT_ADAPTED],  # read for 4 bits, too
+    )
+    return {"quantization_config": config, "device_map": {"": device}}
+
+
+def _import_bitsandbytes() -> None:
+    """Import bitsandbytes without its advice to install further kernels. Raises BadInput with the way out if it cannot be."""
+    advice = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    level = advice.level
+    advice.setLevel(logging.ERROR)
+    try:
+        import bitsandbytes  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:
+        raise BadInput(
+            f"4-bit bases need the package bitsandbytes, which cannot be imported ({error}); install it, "
+            "or set base_model.quantization to null."
+        ) from error
+    finally:
+        advice.setLevel(level)
+
+
 def _check_sample(model: PreTrainedModel, weights: tuple[Path, ...]) -> None:
     """Compare a few tensors, spread over the files, with what the files hold: loaders have re-initialised weights silently.
 
-    See DeepSpeed issue 7848. Tensors that a model family stores under other names than it loads them are left out.
+    See DeepSpeed issue 7848. Tensors that a model family stores under other names than it loads them are left out, and
+    those that are held in 4 bits.
     """
-    loaded = dict(model.named_parameters())
+    loaded = {name: one for name, one in model.named_parameters() if one.is_floating_point()}
     for path in {weights[0], weights[-1]}:
         with safe_open(path, framework="pt") as file:
             names = [name for name in sorted(file.keys()) if _loaded_name(model, loaded, name) in loaded]

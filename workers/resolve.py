@@ -4,22 +4,26 @@ Everything a person may have got wrong is found here, before anything is launche
 and data are looked at once, however many trials ask.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from infra.errors import BadInput, WrongBase
 from infra.storage import Storage
 from workers.bases import add_base, find_base
+from workers.data.classification import labels_of
 from workers.data.contract import prompt_contract
 from workers.data.render import Renderer
 from workers.data.rows import Row
 from workers.data.splits import Splits, load_splits
 from workers.data.store import save_rows
 from workers.data.tokenizer import load_tokenizer
+from workers.engine.head_shapes import BERTS, ENCODERS, POOLER_PARTS, refuse_other_families
 from workers.identity import BaseIdentity, identify, training_view
 from workers.job import BaseRef, DataRef, Job, pin
-from workers.spec import BaseModelSpec, DataSpec, JobSpec
+from workers.manifests import AdapterRef, read_manifest
+from workers.spec import BaseModelSpec, DataSpec, JobSpec, TaskType
 from workers.targets import alphas_of, check_ranks, linears_of_tensors, ranks_of, select_targets
 
 AdapterFinder = Callable[[str, str], tuple[str, str]]
@@ -36,6 +40,7 @@ class _Base:
 @dataclass(frozen=True)
 class _Data:
     splits: Splits
+    labels: tuple[str, ...]
     train: DataRef
     validation: DataRef | None
     test: DataRef | None
@@ -52,30 +57,33 @@ class Resolver:
     notes: list[str] = field(default_factory=list)
     """Sentences about what was noticed and is no error (duplicates between splits, ...)."""
     _bases: dict[BaseModelSpec, _Base] = field(default_factory=dict)
-    _data: dict[tuple[str, DataSpec], _Data] = field(default_factory=dict)
-    _rendered: set[tuple[DataSpec, int]] = field(default_factory=set)
+    _data: dict[tuple[str, DataSpec, TaskType], _Data] = field(default_factory=dict)
+    _rendered: set[tuple[DataSpec, TaskType, int]] = field(default_factory=set)
 
     def resolve(self, spec: JobSpec) -> Job:
         """Return the pinned job. Raises BadInput, WrongBase or ServiceUnavailable with one sentence."""
         base = self._base(spec.base_model)
+        _refuse_other_tasks(spec, base.identity)
         self._check_adapter(spec, base)
-        init_adapter_id = self._init_adapter(spec, base)
         data = self._data_of(spec, base)
+        init_adapter_id = self._init_adapter(spec, base, data.labels)
         self._check_answers(spec, base, data.splits.validation)
-        return pin(spec, base.ref, data.train, data.validation, data.test, init_adapter_id)
+        return pin(spec, base.ref, data.train, data.validation, data.test, init_adapter_id, data.labels)
 
     def read(self, spec: JobSpec) -> tuple[Splits, Renderer]:
-        """Return the rows of a spec and what renders them, without storing or checking anything."""
-        return load_splits(spec.data, self.folder), self.renderer(spec)
+        """Return the rows of a spec and what renders them, without storing anything; the rows are not rendered yet."""
+        splits = load_splits(spec.data, self.folder)
+        return splits, self.renderer(spec, _labels(spec, splits))
 
     def identity(self, spec: JobSpec) -> BaseIdentity:
         """Return the identity of a spec's base."""
         return self._base(spec.base_model).identity
 
-    def renderer(self, spec: JobSpec) -> Renderer:
-        """Return the renderer that turns a spec's rows into tokens as training does."""
+    def renderer(self, spec: JobSpec, labels: Sequence[str] = ()) -> Renderer:
+        """Return the renderer that turns a spec's rows into tokens as training does; `labels` are those of a classifier."""
         base = self._base(spec.base_model)
-        return Renderer(load_tokenizer(base.path), spec.training.max_length, context_length=base.identity.context_length)
+        context_length = base.identity.context_length
+        return Renderer(load_tokenizer(base.path), spec.training.max_length, context_length=context_length, labels=labels)
 
     def _base(self, spec: BaseModelSpec) -> _Base:
         if spec not in self._bases:
@@ -87,34 +95,40 @@ class Resolver:
         return self._bases[spec]
 
     def _check_adapter(self, spec: JobSpec, base: _Base) -> None:
-        if spec.base_model.quantization is not None:
-            raise BadInput("base_model.quantization: 4-bit bases cannot be trained yet; set it to null.")
+        if "quantization_config" in base.identity.architecture:
+            raise BadInput(
+                f"the base {base.path} holds weights that were quantised before; give the base they were made of, "
+                "and set base_model.quantization for 4 bits."
+            )
         shapes = linears_of_tensors(base.identity.shapes)
         targets = select_targets(spec.peft.target_modules, list(shapes))
         check_ranks(ranks_of(spec.peft, targets), shapes)
         alphas_of(spec.peft, targets)
 
-    def _init_adapter(self, spec: JobSpec, base: _Base) -> str | None:
+    def _init_adapter(self, spec: JobSpec, base: _Base, labels: tuple[str, ...]) -> str | None:
         if spec.peft.init_adapter is None:
             return None
         base_id, adapter_id = self.find_adapter(spec.tenant, spec.peft.init_adapter)
         refuse_other_base(f"peft.init_adapter {adapter_id[:12]}", base_id, base.ref.base_id)
+        _refuse_other_labels(read_manifest(self.store, AdapterRef(spec.tenant, base_id, adapter_id)), spec.task_type, labels)
         return adapter_id
 
     def _data_of(self, spec: JobSpec, base: _Base) -> _Data:
-        key = (spec.tenant, spec.data)
+        key = (spec.tenant, spec.data, spec.task_type)
         if key not in self._data:
             splits = load_splits(spec.data, self.folder)
-            self._check_renders(spec, base, splits)
+            labels = _labels(spec, splits)
+            self._check_renders(spec, splits, labels)
             self.notes += splits.notes
             self._data[key] = _Data(
                 splits,
+                labels,
                 save_rows(self.store, spec.tenant, splits.train),
                 self._saved(spec, splits.validation),
                 self._saved(spec, splits.test),
             )
-        elif (spec.data, spec.training.max_length) not in self._rendered:
-            self._check_renders(spec, base, self._data[key].splits)
+        elif (spec.data, spec.task_type, spec.training.max_length) not in self._rendered:
+            self._check_renders(spec, self._data[key].splits, self._data[key].labels)
         return self._data[key]
 
     def _check_answers(self, spec: JobSpec, base: _Base, validation: list[Row] | None) -> None:
@@ -133,13 +147,59 @@ class Resolver:
     def _saved(self, spec: JobSpec, rows: list[Row] | None) -> DataRef | None:
         return save_rows(self.store, spec.tenant, rows) if rows else None
 
-    def _check_renders(self, spec: JobSpec, base: _Base, splits: Splits) -> None:
+    def _check_renders(self, spec: JobSpec, splits: Splits, labels: tuple[str, ...]) -> None:
         """Render every row once, so that a row that cannot be trained on is named before anything is stored or launched."""
-        renderer = self.renderer(spec)
+        renderer = self.renderer(spec, labels)
         for rows in (splits.train, splits.validation, splits.test):
             if rows:
                 renderer.render_all(rows)
-        self._rendered.add((spec.data, spec.training.max_length))
+        self._rendered.add((spec.data, spec.task_type, spec.training.max_length))
+
+
+def _labels(spec: JobSpec, splits: Splits) -> tuple[str, ...]:
+    return labels_of(splits.train) if spec.task_type == "SEQ_CLS" else ()
+
+
+def _refuse_other_tasks(spec: JobSpec, base: BaseIdentity) -> None:
+    """Raise BadInput unless the base, and what is to be measured, suit the task type."""
+    family = str(base.architecture.get("model_type"))
+    if spec.task_type == "CAUSAL_LM":
+        if family in ENCODERS:
+            raise BadInput(
+                f"base_model is an encoder ({family}), which writes no text; set task_type: SEQ_CLS to train a classifier, or "
+                "use a causal language model."
+            )
+        return
+    refuse_other_families(family)
+    if family in BERTS and not all(any(_ends_with(name, part) for name in base.shapes) for part in POOLER_PARTS):
+        raise BadInput(
+            "base_model stores no pooler (pooler.dense), and a BERT classifier reads what it makes of [CLS]; use a base that "
+            "was saved with it (transformers' BertModel)."
+        )
+    if spec.evaluation.generate or spec.evaluation.format_pattern is not None:
+        raise BadInput(
+            "evaluation: a classifier (task_type SEQ_CLS) generates no answers; leave generate at 0 and format_pattern at null. "
+            "Accuracy and macro F1 are measured on all validation rows."
+        )
+
+
+def _ends_with(name: str, part: str) -> bool:
+    return name == part or name.endswith(f".{part}")
+
+
+def _refuse_other_labels(manifest: Mapping[str, Any], task_type: TaskType, labels: tuple[str, ...]) -> None:
+    """Raise BadInput unless an adapter was made for this task type, and its head for these labels in their order."""
+    adapter = f"peft.init_adapter {manifest['adapter_id'][:12]}"
+    if (manifest["task_type"] == "SEQ_CLS") != (task_type == "SEQ_CLS"):
+        raise BadInput(
+            f"{adapter} is of task_type {manifest['task_type']}, and this job of {task_type}; "
+            "start from one of its kind, or set init_adapter to null."
+        )
+    before = tuple(manifest.get("labels", ()))
+    if before != labels:
+        moved = sorted(set(before) ^ set(labels))
+        what = f"{moved[0][:60]!r} is a label of one of them only" if moved else "they are in another order"
+        raise BadInput(f"{adapter} tells apart other labels than these training rows ({what}); set init_adapter to null.")
 
 
 def refuse_other_base(what: str, trained_on: str, present: str) -> None:
