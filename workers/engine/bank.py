@@ -1,105 +1,199 @@
-"""The bank: one adapter's factors in one flat buffer, with gradient and moments of the same shape.
+"""Banks: the factors of many adapters, stacked by rank, with gradients and Adam's two moments of the same shape.
 
-Factors A and B of all layers are views into `weights`, their gradients views into `gradients`. AdamW, clipping, copying
-and checking are then a few operations over one vector, whatever the number of layers. Offsets follow the model's order.
+A bank holds adapters' factors of one rank bucket R. Its store is [4, S, P]: weights, gradients, first and second moment of S
+rows (one adapter each) with P values. The columns of a row are the factors A [R, I] of all layers that some adapter of the bank
+targets, in the model's order, then the factors B [O, R]; the factors of one layer are therefore one strided view [S, R, I] over
+all adapters, and AdamW, clip, copy and clean are a few operations over rows.
+
+    true rank r <= R: rows r..R of A and columns r..R of B are zero and stay exactly zero (their gradients are exact zeros)
+    rows in use are a contiguous prefix, sorted by what they target, so that those who share a layer stand side by side
+    joining and leaving moves rows; a row is zeroed before it is used again: weights, gradients, moments
+
+Every block starts at a multiple of ALIGNED values, so that no vectorised kernel has a tail that depends on neighbours.
+An adapter whose ranks differ by layer (rank_pattern) has a row in the bank of each bucket.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from infra.errors import BadInput
-from workers.engine.dropout import generator_of
-from workers.engine.lora import Factors, LoraLinear, initial_a, scale_of
-from workers.spec import PeftSpec
+WEIGHTS, GRADIENTS, FIRST_MOMENT, SECOND_MOMENT = range(4)
+ALIGNED = 64
+"""Values; at least two AVX-512 vectors of float32, which one round of torch's vectorised loops takes."""
+SMALLEST_RANK = 8
+
+
+def rank_bucket(r: int) -> int:
+    """Return the rank that is computed with: the next power of two, at least 8. A function of the job alone."""
+    return max(SMALLEST_RANK, 1 << (r - 1).bit_length())
 
 
 @dataclass(frozen=True)
-class _Place:
-    a: slice
-    b: slice
+class Shape:
+    """A linear layer's sides."""
+
     in_features: int
     out_features: int
 
 
+@dataclass(eq=False)
+class Row:
+    """One adapter's place in a bank: the layers it has there, each with its true rank."""
+
+    ranks: Mapping[str, int]
+    order: tuple[int, int]
+    """First and last layer, as places in the model: rows are sorted by it."""
+    index: int = -1
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """Where the factors of each layer begin in a row."""
+
+    a: Mapping[str, int]
+    b: Mapping[str, int]
+    size_a: int
+    size: int
+
+
+@dataclass(eq=False)
 class Bank:
-    """Weights, gradients and Adam's two moments of one adapter; vectors of `num_parameters`, float32 unless told otherwise."""
+    """Adapters of one rank bucket. See the module."""
 
-    def __init__(
-        self,
-        layers: Mapping[str, LoraLinear],
-        targets: Sequence[str],
-        peft: PeftSpec,
-        device: torch.device,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        self.peft = peft
-        self.scale = scale_of(peft.lora_alpha, peft.r, peft.use_rslora)
-        self._places = _lay_out(layers, targets, peft.r)
-        self.num_parameters = sum(place.b.stop - place.a.start for place in self._places.values())
-        self.weights = torch.zeros(self.num_parameters, device=device, dtype=dtype)
-        self.gradients = torch.zeros_like(self.weights)
-        self.first_moment = torch.zeros_like(self.weights)
-        self.second_moment = torch.zeros_like(self.weights)
-        self.factors = {name: self._factors(place) for name, place in self._places.items()}
+    rank: int
+    shapes: Mapping[str, Shape]
+    """All adaptable layers of the base, in the model's order."""
+    device: torch.device
+    dtype: torch.dtype = torch.float32
+    rows: list[Row] = field(default_factory=list)
+    _columns: _Columns = field(init=False)
+    _store: Tensor = field(init=False)
 
-    def _factors(self, place: _Place) -> Factors:
-        r = self.peft.r
-        a = self._leaf(place.a, (r, place.in_features))
-        b = self._leaf(place.b, (place.out_features, r))
-        return Factors(a, b, self.scale, self.peft.lora_dropout)
+    def __post_init__(self) -> None:
+        self._columns = _lay_out(self.rank, self.shapes, ())
+        self._store = torch.zeros(4, 0, 0, device=self.device, dtype=self.dtype)
+        self._places = {name: place for place, name in enumerate(self.shapes)}
+        self._views: dict[tuple[int, str, tuple[str, ...]], Tensor] = {}
 
-    def _leaf(self, part: slice, shape: tuple[int, int]) -> Tensor:
-        """Return a leaf tensor that shares memory with `weights`, its gradient with `gradients` (autograd adds in place)."""
-        leaf = self.weights[part].view(shape).requires_grad_(True)
-        leaf.grad = self.gradients[part].view(shape)
-        return leaf
+    @property
+    def num_bytes(self) -> int:
+        return self._store.numel() * self._store.element_size()
 
-    def initialise(self, seed: int) -> None:
-        """Fresh weights: A random by (seed, layer name), B zero, so that the adapter starts as the plain base."""
-        with torch.no_grad():
-            for name, factors in self.factors.items():
-                factors.a.copy_(initial_a(self.peft.r, factors.a.shape[1], generator_of("init", seed, name)))
-                factors.b.zero_()
+    def add(self, ranks: Mapping[str, int]) -> Row:
+        """Give a clean row for layers of these true ranks. May raise torch.OutOfMemoryError, and then changes nothing."""
+        places = [self._places[name] for name in ranks]
+        row = Row(dict(ranks), (min(places), max(places)))
+        self._make_room(len(self.rows) + 1, ranks)
+        at = next((index for index, other in enumerate(self.rows) if other.order > row.order), len(self.rows))
+        if at < len(self.rows):
+            self._store[:, at + 1 : len(self.rows) + 1] = self._store[:, at : len(self.rows)].clone()
+        self._store[:, at].zero_()
+        self.rows.insert(at, row)
+        self._number()
+        return row
 
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Take weights in PEFT's names, as `tensors()` gives them. Raises BadInput unless layers and rank are the bank's."""
-        self._check(tensors)
-        with torch.no_grad():
-            for name, factors in self.factors.items():
-                factors.a.copy_(tensors[f"base_model.model.{name}.lora_A.weight"])
-                factors.b.copy_(tensors[f"base_model.model.{name}.lora_B.weight"])
+    def remove(self, row: Row) -> None:
+        """Clean the row and close the gap it leaves; an empty bank gives its memory back."""
+        at = row.index
+        last = len(self.rows) - 1
+        if at < last:
+            self._store[:, at:last] = self._store[:, at + 1 : last + 1].clone()
+        self._store[:, last].zero_()
+        self.rows.remove(row)
+        row.index = -1
+        self._number()
+        if not self.rows:
+            self._columns = _lay_out(self.rank, self.shapes, ())
+            self._replace(torch.zeros(4, 0, 0, device=self.device, dtype=self.dtype))
 
-    def _check(self, tensors: Mapping[str, Tensor]) -> None:
-        expected = {
-            f"base_model.model.{name}.{part}.weight": factor.shape
-            for name, factors in self.factors.items()
-            for part, factor in (("lora_A", factors.a), ("lora_B", factors.b))
-        }
-        if {name: tensor.shape for name, tensor in tensors.items()} != expected:
-            raise BadInput(
-                f"the initial adapter ({len(tensors) // 2} layers) differs in its layers or their rank from what is asked for "
-                f"({len(self.factors)} layers of rank {self.peft.r}); give peft.target_modules and peft.r what that adapter has."
-            )
+    def a(self, name: str, kind: int = WEIGHTS) -> Tensor:
+        """Return the factors A of a layer, [S, R, I], over all rows, as a view."""
+        return self.a_run((name,), kind)
 
-    def tensors(self, weights: Tensor | None = None) -> dict[str, Tensor]:
-        """Return copies of all factors in PEFT's names, from `weights` (a vector like the bank's) or the bank's own."""
-        source = (self.weights if weights is None else weights).detach().cpu()
-        named: dict[str, Tensor] = {}
-        for name, place in self._places.items():
-            named[f"base_model.model.{name}.lora_A.weight"] = source[place.a].view(self.peft.r, place.in_features).clone()
-            named[f"base_model.model.{name}.lora_B.weight"] = source[place.b].view(place.out_features, self.peft.r).clone()
-        return named
+    def a_run(self, names: tuple[str, ...], kind: int = WEIGHTS) -> Tensor:
+        """Return the factors A of layers that stand side by side (`are_adjacent`) as one view [S, n R, I]."""
+        key = (kind, "a", names)
+        if key not in self._views:
+            start, inputs = self._columns.a[names[0]], self.shapes[names[0]].in_features
+            self._views[key] = self._view(kind, start, (len(names) * self.rank, inputs))
+        return self._views[key]
+
+    def b(self, name: str, kind: int = WEIGHTS) -> Tensor:
+        """Return the factors B of a layer, [S, O, R], over all rows, as a view."""
+        key = (kind, "b", (name,))
+        if key not in self._views:
+            self._views[key] = self._view(kind, self._columns.b[name], (self.shapes[name].out_features, self.rank))
+        return self._views[key]
+
+    def region(self, kind: int, which: str) -> Tensor:
+        """Return all factors A ("a") or B ("b") of all rows in use, [rows, size], as a view."""
+        middle = self._columns.size_a
+        part = slice(0, middle) if which == "a" else slice(middle, self._columns.size)
+        return self._store[kind, : len(self.rows), part]
+
+    def read(self, row: Row, kind: int, name: str) -> tuple[Tensor, Tensor]:
+        """Return A [r, I] and B [O, r] of a layer of one row, at its true rank, as views."""
+        r = row.ranks[name]
+        return self.a(name, kind)[row.index, :r], self.b(name, kind)[row.index, :, :r]
+
+    def clean_gradients(self, rows: Iterable[Row]) -> None:
+        """Set the gradients of rows to zero."""
+        where = torch.tensor([row.index for row in rows], dtype=torch.long, device=self.device)
+        self._store[GRADIENTS].index_fill_(0, where, 0.0)
+
+    def _view(self, kind: int, start: int, shape: tuple[int, int]) -> Tensor:
+        rows, columns = shape
+        flat = self._store[kind, :, start : start + rows * columns]
+        return flat.view(-1, rows, columns)
+
+    def _number(self) -> None:
+        for index, row in enumerate(self.rows):
+            row.index = index
+
+    def _make_room(self, num_rows: int, names: Iterable[str]) -> None:
+        """Grow the store to hold so many rows (capacities double) and these layers."""
+        wanted = set(self._columns.a) | set(names)
+        capacity = self._store.shape[1]
+        if wanted == set(self._columns.a) and num_rows <= capacity:
+            return
+        columns = _lay_out(self.rank, self.shapes, wanted)
+        capacity = max(capacity, 1 << (num_rows - 1).bit_length())
+        store = torch.zeros(4, capacity, columns.size, device=self.device, dtype=self.dtype)
+        for name in self._columns.a:
+            a, b = self.rank * self.shapes[name].in_features, self.rank * self.shapes[name].out_features
+            for start, old, size in (
+                (columns.a[name], self._columns.a[name], a),
+                (columns.b[name], self._columns.b[name], b),
+            ):
+                store[:, : len(self.rows), start : start + size] = self._store[:, : len(self.rows), old : old + size]
+        self._columns = columns
+        self._replace(store)
+
+    def _replace(self, store: Tensor) -> None:
+        self._store = store
+        self._views.clear()
 
 
-def _lay_out(layers: Mapping[str, LoraLinear], targets: Sequence[str], r: int) -> dict[str, _Place]:
-    places: dict[str, _Place] = {}
-    start = 0
-    for name in targets:
-        inputs, outputs = layers[name].in_features, layers[name].out_features
-        middle, end = start + r * inputs, start + r * (inputs + outputs)
-        places[name] = _Place(slice(start, middle), slice(middle, end), inputs, outputs)
-        start = end
-    return places
+def are_adjacent(rank: int, in_features: int) -> bool:
+    """Tell whether the factors A of layers with one input stand side by side without a gap, so that one product serves all."""
+    return rank * in_features % ALIGNED == 0
+
+
+def _lay_out(rank: int, shapes: Mapping[str, Shape], used: Iterable[str]) -> _Columns:
+    wanted = set(used)
+    names = [name for name in shapes if name in wanted]
+    a, size_a = _starts([rank * shapes[name].in_features for name in names], 0)
+    b, size = _starts([rank * shapes[name].out_features for name in names], size_a)
+    return _Columns(dict(zip(names, a, strict=True)), dict(zip(names, b, strict=True)), size_a, size)
+
+
+def _starts(sizes: Sequence[int], start: int) -> tuple[list[int], int]:
+    starts = []
+    for size in sizes:
+        starts.append(start)
+        start += -(-size // ALIGNED) * ALIGNED
+    return starts, start

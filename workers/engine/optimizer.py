@@ -1,36 +1,127 @@
-"""AdamW with decoupled weight decay over a bank's vectors, and the gradient clip before it.
+"""AdamW with decoupled weight decay over the rows of a bank, each adapter with its own numbers, and the clip before it.
 
     m = b1 m + (1 - b1) g        v = b2 v + (1 - b2) g^2
     w = w (1 - lr wd) - lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)
 
-(Loshchilov & Hutter, arXiv:1711.05101; the order of operations is that of torch.optim.AdamW.) The norm that is clipped is
-the adapter's own, over all its factors.
+(Loshchilov & Hutter, arXiv:1711.05101; the order of operations is that of torch.optim.AdamW.) The factors B may have a learning
+rate of their own (LoRA+, arXiv:2402.12354). Rows that are not given are untouched: weights, moments and decay too.
+
+Every operation is elementwise with one number per row, so that an adapter's bits do not depend on its neighbours. The norm of a
+gradient is summed in two stages that do not depend on them either: ALIGNED values at a time, then, from first to last, in
+float64; blocks of layers that only others have are zero and add nothing, exactly.
 """
 
-import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from workers.engine.bank import Bank
+from workers.engine.bank import ALIGNED, FIRST_MOMENT, GRADIENTS, SECOND_MOMENT, WEIGHTS, Bank, Row
 from workers.spec import TrainingSpec
 
 
+@dataclass(frozen=True)
+class Update:
+    """One adapter's optimiser step."""
+
+    rows: Mapping[int, Row]
+    """By rank bucket."""
+    training: TrainingSpec
+    learning_rate: float
+    step: int
+    """Counts from 1."""
+    clip: float
+    """What the gradient is multiplied by: 1 if its norm is within bounds."""
+
+
 @torch.no_grad()
-def clip_gradient(bank: Bank, max_grad_norm: float) -> float:
-    """Scale the gradient down to `max_grad_norm` (0: leave it); return the norm before. It may be infinite or NaN."""
-    norm = float(torch.linalg.vector_norm(bank.gradients))
+def gradient_norms(banks: Sequence[Bank], adapters: Sequence[Mapping[int, Row]]) -> list[float]:
+    """Return the norm of each adapter's gradient over all its factors; infinite or NaN if a value is."""
+    squares = {bank.rank: _row_squares(bank) for bank in banks if bank.rows}
+    return [sum(squares[rank][row.index] for rank, row in sorted(rows.items())) ** 0.5 for rows in adapters]
+
+
+def _row_squares(bank: Bank) -> list[float]:
+    """Return the squared norm of each row's gradient, of a fixed order of sums."""
+    parts = []
+    for which in ("a", "b"):
+        gradients = bank.region(GRADIENTS, which)
+        chunks = gradients.reshape(gradients.shape[0], -1, ALIGNED).square().sum(2)
+        parts.append(chunks.double().cumsum(1)[:, -1])
+    total: list[float] = torch.stack(parts).sum(0).tolist()
+    return total
+
+
+def clip_of(norm: float, max_grad_norm: float) -> float:
+    """Return the factor that brings a gradient of this norm within `max_grad_norm` (0: does not clip)."""
     if max_grad_norm > 0.0 and norm > max_grad_norm:
-        bank.gradients.mul_(max_grad_norm / (norm + 1e-6))  # 1e-6 as in torch.nn.utils.clip_grad_norm_
-    return norm
+        return max_grad_norm / (norm + 1e-6)  # 1e-6 as in torch.nn.utils.clip_grad_norm_
+    return 1.0
 
 
 @torch.no_grad()
-def adamw_step(bank: Bank, training: TrainingSpec, learning_rate: float, step: int) -> None:
-    """Update the weights by the gradient. `step` counts from 1."""
-    beta1, beta2 = training.adam_beta1, training.adam_beta2
-    if training.weight_decay > 0.0:
-        bank.weights.mul_(1.0 - learning_rate * training.weight_decay)
-    bank.first_moment.lerp_(bank.gradients, 1.0 - beta1)
-    bank.second_moment.mul_(beta2).addcmul_(bank.gradients, bank.gradients, value=1.0 - beta2)
-    denominator = (bank.second_moment.sqrt() / math.sqrt(1.0 - beta2**step)).add_(training.adam_epsilon)
-    bank.weights.addcdiv_(bank.first_moment, denominator, value=-learning_rate / (1.0 - beta1**step))
+def adamw_step(banks: Sequence[Bank], updates: Sequence[Update]) -> None:
+    """Update the weights of the adapters named, by their gradients."""
+    for bank in banks:
+        own = sorted((update for update in updates if bank.rank in update.rows), key=lambda update: update.rows[bank.rank].index)
+        if not own:
+            continue
+        rows = [update.rows[bank.rank].index for update in own]
+        for which in ("a", "b"):
+            ratios = [update.training.loraplus_lr_ratio if which == "b" else 1.0 for update in own]
+            _update_region([bank.region(kind, which) for kind in range(4)], rows, _numbers(own, ratios, bank))
+
+
+@dataclass(frozen=True)
+class _Numbers:
+    """One number per row, [rows, 1]."""
+
+    clip: Tensor
+    keep: Tensor
+    gain1: Tensor
+    beta2: Tensor
+    gain2: Tensor
+    root: Tensor
+    epsilon: Tensor
+    size: Tensor
+
+
+def _numbers(updates: Sequence[Update], ratios: Sequence[float], bank: Bank) -> _Numbers:
+    rows = []
+    for update, ratio in zip(updates, ratios, strict=True):
+        spec, rate = update.training, update.learning_rate * ratio
+        bias1, bias2 = 1.0 - spec.adam_beta1**update.step, 1.0 - spec.adam_beta2**update.step
+        rows.append(
+            (
+                update.clip,
+                1.0 - rate * spec.weight_decay,
+                1.0 - spec.adam_beta1,
+                spec.adam_beta2,
+                1.0 - spec.adam_beta2,
+                bias2**0.5,
+                spec.adam_epsilon,
+                rate / bias1,
+            )
+        )
+    table = torch.tensor(rows, dtype=torch.float64).to(bank.device, bank.dtype)
+    return _Numbers(*table.t()[:, :, None].unbind(0))
+
+
+def _update_region(region: Sequence[Tensor], rows: Sequence[int], numbers: _Numbers) -> None:
+    together = rows[-1] - rows[0] + 1 == len(rows)
+    where = torch.tensor(rows, device=region[0].device)
+    part = [kind[rows[0] : rows[-1] + 1] if together else kind.index_select(0, where) for kind in region]
+    _adamw(part[WEIGHTS], part[GRADIENTS], part[FIRST_MOMENT], part[SECOND_MOMENT], numbers)
+    if not together:
+        for kind in (WEIGHTS, FIRST_MOMENT, SECOND_MOMENT):
+            region[kind].index_copy_(0, where, part[kind])
+
+
+def _adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, numbers: _Numbers) -> None:
+    g = g * numbers.clip
+    w.mul_(numbers.keep)
+    m.lerp_(g, numbers.gain1)
+    v.mul_(numbers.beta2).add_(g.mul_(g).mul_(numbers.gain2))
+    denominator = v.sqrt().div_(numbers.root).add_(numbers.epsilon)
+    w.sub_(torch.div(m, denominator, out=denominator).mul_(numbers.size))

@@ -1,35 +1,39 @@
-"""One adapter's training: its steps, its evaluations, and the state from which it goes on bit for bit.
+"""One adapter's training in a pack: which rows come next, what the evaluations said, and the state from which it goes on.
 
     step s:  g = sum over micro-batches of d(loss sum)/dw / (supervised tokens of the whole step)
              clip, AdamW, next
 
 Nothing random is carried along: row order, dropout and initial weights are functions of (seed, step), so that weights,
-moments and a few numbers are the whole state.
+moments and a few numbers are the whole state. The state knows no pack, no row and no rank bucket: it may be restored elsewhere.
 """
 
+from __future__ import annotations
+
 import math
-import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from infra.errors import BadInput
 from workers.data.render import Example
-from workers.engine.attention import sequences_of
-from workers.engine.bank import Bank
-from workers.engine.batches import make_stream, rows_of_step
-from workers.engine.dropout import DropoutKey
-from workers.engine.lora import set_dropout_key
-from workers.engine.optimizer import adamw_step, clip_gradient
-from workers.engine.resident import ResidentBase, measure
+from workers.engine.bank import FIRST_MOMENT, SECOND_MOMENT, WEIGHTS, Bank, Row, rank_bucket
+from workers.engine.batches import Tokens, make_sequence, rows_of_step
+from workers.engine.dropout import generator_of
+from workers.engine.lora import Factors, initial_a, scale_of
+from workers.engine.plan import Member
+from workers.engine.resident import Losses, ResidentBase
 from workers.engine.schedule import learning_rate_at, num_steps
 from workers.spec import PeftSpec, TrainingSpec
-from workers.targets import check_rank, select_targets
+from workers.targets import alphas_of, check_ranks, ranks_of, select_targets
 
 MAX_SKIPPED_STEPS = 5
 """Steps in a row that may be skipped for a non-finite loss or gradient before the job is given up."""
+EVALUATION_TOKENS = 2048
+"""Validation rows of one job are measured so many tokens at a time: a constant, so that bits do not depend on the pack."""
+KINDS = {"weights": WEIGHTS, "first_moment": FIRST_MOMENT, "second_moment": SECOND_MOMENT}
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,7 @@ class StepResult:
     learning_rate: float
     num_tokens: int
     seconds: float
+    """The adapter's share, by tokens, of the time its passes took."""
     skipped: bool
     """True if loss or gradient was not finite and the weights were left alone."""
 
@@ -63,14 +68,29 @@ class Standing:
     skipped_in_a_row: int = 0
     num_tokens: int = 0
     stopped_early: bool = False
+    split_rows: int = 0
+    """Rows of a micro-batch after memory ran out; 0 while it is what was asked for. Other than 0 changes the last bits."""
+
+
+@dataclass
+class _Step:
+    """The step that is under way: its micro-batches, how many are done, and what they gave."""
+
+    batches: list[list[int]]
+    denominator: int
+    done: int = 0
+    loss_sum: float = 0.0
+    num_tokens: int = 0
+    seconds: float = 0.0
 
 
 class Training:
-    """Trains one adapter on a resident base, step by step; several may take turns on one base."""
+    """Trains one adapter in a pack, which does the arithmetic. Made by `Pack.join`."""
 
     def __init__(
         self,
         base: ResidentBase,
+        banks: Callable[[int], Bank],
         peft: PeftSpec,
         training: TrainingSpec,
         train: Sequence[Example],
@@ -78,18 +98,28 @@ class Training:
         *,
         init: Mapping[str, Tensor] | None = None,
         validation_bytes: int = 0,
-        dtype: torch.dtype = torch.float32,
     ) -> None:
         """Prepare fresh weights, or those of `init` (PEFT names). Raises BadInput if targets or rank do not fit the base."""
-        targets = select_targets(peft.target_modules, list(base.layers))
-        check_rank(peft.r, targets, {name: (layer.out_features, layer.in_features) for name, layer in base.layers.items()})
         self.base, self.peft, self.training = base, peft, training
         self.train, self.validation, self.validation_bytes = train, validation, validation_bytes
+        self.ranks, scales = shape_of_adapter(base, peft)
+        tensors = _initial(base, self.ranks, training.seed) if init is None else init
+        if init is not None:
+            _check_names(init, base, self.ranks)
         self.num_steps = num_steps(training, len(train))
-        self.bank = Bank(base.layers, targets, peft, base.device, dtype)
-        self.bank.load(init) if init is not None else self.bank.initialise(training.seed)
-        self.best_weights = self.bank.weights.detach().clone()
         self.standing = Standing()
+        self._sequences: dict[int, Tokens] = {}
+        self._current: _Step | None = None
+        self._banks = banks
+        self._rows = _take_rows(banks, self.ranks)
+        self.member = Member(self._rows, scales, peft.lora_dropout)
+        self._write(WEIGHTS, tensors)
+        self._best = self._read(WEIGHTS)
+
+    @property
+    def rows(self) -> Mapping[int, Row]:
+        """Its row in each bank, by rank bucket."""
+        return self._rows
 
     @property
     def step(self) -> int:
@@ -115,54 +145,106 @@ class Training:
         every = self.training.checkpoint_steps or self.training.eval_steps
         return every is not None and self.step % every == 0 and not self.is_done
 
-    def train_step(self) -> StepResult:
-        """Do one optimiser step."""
-        started = time.perf_counter()
-        learning_rate = learning_rate_at(self.training, self.step, self.num_steps)
-        loss, num_tokens = self._accumulate_gradient()
-        norm = clip_gradient(self.bank, self.training.max_grad_norm)
-        skipped = not (math.isfinite(loss) and math.isfinite(norm))
-        if not skipped:
-            adamw_step(self.bank, self.training, learning_rate, self.step + 1)
+    @property
+    def rows_per_pass(self) -> int:
+        """Rows of a micro-batch."""
+        return self.standing.split_rows or self.training.per_device_train_batch_size
+
+    @property
+    def is_mid_step(self) -> bool:
+        """True while some micro-batches of a step are done and others are not."""
+        return self._current is not None and self._current.done > 0
+
+    @property
+    def next_tokens(self) -> int:
+        """Tokens of the next micro-batch."""
+        return sum(self._sequence(row).num_tokens for row in self._next_rows())
+
+    def split_rows(self, rows: int) -> None:
+        """Use micro-batches of so many rows from now on, because larger ones do not fit into memory.
+
+        The step under way begins anew. Sums are then formed in other pieces: the result is no longer that of the job alone, bit
+        for bit, and `standing.split_rows` says so.
+        """
+        self.void_step()
+        self.standing = replace(self.standing, split_rows=rows)
+
+    # What the pack asks for.
+
+    def next_batch(self) -> list[Tokens]:
+        """Return the rows of the next micro-batch."""
+        return [self._sequence(row) for row in self._next_rows()]
+
+    @property
+    def denominator(self) -> int:
+        """Terms of the loss of the whole step under way."""
+        return self._step_under_way().denominator
+
+    def add_micro_batch(self, loss_sum: float, num_tokens: int, seconds: float) -> None:
+        """Count a micro-batch whose gradient has been added."""
+        current = self._step_under_way()
+        current.done += 1
+        current.loss_sum += loss_sum
+        current.num_tokens += num_tokens
+        current.seconds += seconds
+
+    @property
+    def step_is_complete(self) -> bool:
+        """True when the gradient of the whole step is in the banks."""
+        return self._current is not None and self._current.done == len(self._current.batches)
+
+    def void_step(self) -> None:
+        """Forget the gradient of the step under way: it begins anew with its first micro-batch."""
+        self._current = None
+        self.clean_gradients()
+
+    def clean_gradients(self) -> None:
+        for rank, row in self._rows.items():
+            self._banks(rank).clean_gradients([row])
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the step under way."""
+        return learning_rate_at(self.training, self.step, self.num_steps)
+
+    @property
+    def loss(self) -> float:
+        """Nats per supervised token of the step under way, once it is complete."""
+        current = self._step_under_way()
+        return current.loss_sum / current.denominator
+
+    def finish_step(self, gradient_norm: float, skipped: bool) -> StepResult:
+        """Count the step under way as done."""
+        current, learning_rate, loss = self._step_under_way(), self.learning_rate, self.loss
+        self._current = None
         self.standing = replace(
             self.standing,
             step=self.step + 1,
             skipped_in_a_row=self.standing.skipped_in_a_row + 1 if skipped else 0,
-            num_tokens=self.standing.num_tokens + num_tokens,
+            num_tokens=self.standing.num_tokens + current.num_tokens,
         )
-        seconds = time.perf_counter() - started
-        return StepResult(self.step, loss, norm, learning_rate, num_tokens, seconds, skipped)
+        return StepResult(self.step, loss, gradient_norm, learning_rate, current.num_tokens, current.seconds, skipped)
 
-    def _accumulate_gradient(self) -> tuple[float, int]:
-        """Fill the bank's gradient for the step that comes; return its loss per supervised token and its tokens."""
-        streams = [
-            make_stream([self.train[row] for row in rows], self.base.device)
-            for rows in rows_of_step(self.training, len(self.train), self.step)
-        ]
-        denominator = max(1, sum(stream.num_targets for stream in streams))
-        self.bank.gradients.zero_()
-        self.base.switch(self.bank.factors)
-        loss_sum = 0.0
-        for index, stream in enumerate(streams):
-            set_dropout_key(self.base.layers, DropoutKey(self.training.seed, self.step, index))
-            with sequences_of(stream.lengths), self.base.recomputing(self.training.gradient_checkpointing):
-                loss = self.base.loss_sum(stream)
-                (loss / denominator).backward()
-            loss_sum += float(loss.detach())
-        set_dropout_key(self.base.layers, None)
-        self.base.switch({})
-        return loss_sum / denominator, sum(stream.num_tokens for stream in streams)
+    def evaluation_batches(self) -> list[list[Tokens]]:
+        """Return the validation rows in the portions they are measured in, a function of the job alone."""
+        portions: list[list[Tokens]] = []
+        room = 0
+        for number, example in enumerate(self.validation):
+            sequence = make_sequence(example, number)
+            if not portions or sequence.num_tokens > room:
+                portions.append([])
+                room = EVALUATION_TOKENS
+            portions[-1].append(sequence)
+            room -= sequence.num_tokens
+        return portions
 
-    def evaluate(self) -> dict[str, float]:
-        """Measure the present weights on the validation rows, keep them if they are the best, and count towards early stop."""
-        self.base.switch(self.bank.factors)
-        losses = measure(self.base, self.validation, self.training.per_device_train_batch_size)
-        self.base.switch({})
+    def take_evaluation(self, losses: Losses) -> dict[str, float]:
+        """Take in what the present weights measured: keep them if they are the best, and count towards early stop."""
         metrics = losses.metrics(self.validation_bytes)
         best = self.standing.best_metrics
         improved = best is None or metrics["eval/loss"] < best["eval/loss"] or math.isnan(best["eval/loss"])
         if improved:
-            self.best_weights.copy_(self.bank.weights.detach())
+            self._best = self._read(WEIGHTS)
         without_gain = 0 if improved else self.standing.evaluations_without_gain + 1
         patience = self.training.early_stopping_patience
         self.standing = replace(
@@ -176,13 +258,27 @@ class Training:
         )
         return metrics
 
+    # What it leaves behind.
+
     @property
     def keeps_best(self) -> bool:
         return self.training.keep == "best" and self.standing.best_metrics is not None
 
     def kept_tensors(self) -> dict[str, Tensor]:
         """Return the adapter's tensors in PEFT's names: the best by validation loss or the last, as `training.keep` asks."""
-        return self.bank.tensors(self.best_weights if self.keeps_best else None)
+        return dict(self._named(self._best if self.keeps_best else self._read(WEIGHTS)))
+
+    def kept_factors(self) -> dict[str, Factors]:
+        """Return what `kept_tensors` gives as factors to switch in."""
+        tensors, device = self.kept_tensors(), self.base.device
+        return {
+            name: Factors(
+                tensors[f"{PREFIX}{name}.lora_A.weight"].to(device),
+                tensors[f"{PREFIX}{name}.lora_B.weight"].to(device),
+                self.member.scales[name],
+            )
+            for name in self.ranks
+        }
 
     def kept_metrics(self) -> dict[str, float]:
         """Return the validation metrics of the weights that `kept_tensors` gives."""
@@ -190,20 +286,113 @@ class Training:
         return dict(metrics or {})
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the vectors and the standing from which `restore` goes on bit for bit."""
-        vectors = {
-            "weights": self.bank.weights,
-            "first_moment": self.bank.first_moment,
-            "second_moment": self.bank.second_moment,
-            "best_weights": self.best_weights,
-        }
-        return {name: vector.detach().cpu() for name, vector in vectors.items()}, dict(vars(self.standing))
+        """Return the vectors and the standing from which `restore` goes on bit for bit, also in another pack."""
+        vectors = {name: self._read(kind) for name, kind in KINDS.items()}
+        return {**vectors, "best_weights": self._best}, dict(vars(self.standing))
 
     def restore(self, vectors: Mapping[str, Tensor], standing: Mapping[str, Any]) -> None:
         """Go on from what `state` gave."""
-        with torch.no_grad():
-            self.bank.weights.copy_(vectors["weights"])
-            self.bank.first_moment.copy_(vectors["first_moment"])
-            self.bank.second_moment.copy_(vectors["second_moment"])
-            self.best_weights.copy_(vectors["best_weights"])
+        self._current = None
+        self.clean_gradients()
+        for name, kind in KINDS.items():
+            self._write(kind, dict(self._named(vectors[name])))
+        self._best = vectors["best_weights"].clone()
         self.standing = Standing(**standing)
+
+    def _step_under_way(self) -> _Step:
+        if self._current is None:
+            batches = rows_of_step(self.training, len(self.train), self.step, self.rows_per_pass)
+            denominator = sum(self._sequence(row).num_targets for rows in batches for row in rows)
+            self._current = _Step(batches, max(1, denominator))
+        return self._current
+
+    def _next_rows(self) -> list[int]:
+        current = self._step_under_way()
+        return current.batches[current.done]
+
+    def _sequence(self, row: int) -> Tokens:
+        if row not in self._sequences:
+            self._sequences[row] = make_sequence(self.train[row], row)
+        return self._sequences[row]
+
+    def _read(self, kind: int) -> Tensor:
+        """Return a vector of all factors: per layer, in the model's order, A row by row and B row by row."""
+        parts = [factor.reshape(-1) for name, r in self.ranks.items() for factor in self._factors(kind, name)]
+        return torch.cat(parts).cpu()
+
+    def _write(self, kind: int, tensors: Mapping[str, Tensor]) -> None:
+        with torch.no_grad():
+            for name in self.ranks:
+                a, b = self._factors(kind, name)
+                a.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
+                b.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
+
+    def _factors(self, kind: int, name: str) -> tuple[Tensor, Tensor]:
+        for rank, row in self._rows.items():
+            if name in row.ranks:
+                return self._banks(rank).read(row, kind, name)
+        raise KeyError(name)
+
+    def _named(self, vector: Tensor) -> list[tuple[str, Tensor]]:
+        """Cut a vector as `_read` gives it into copies of factors under PEFT's names."""
+        named, start = [], 0
+        for name, r in self.ranks.items():
+            layer = self.base.layers[name]
+            for part, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r))):
+                size = shape[0] * shape[1]
+                named.append((f"{PREFIX}{name}.{part}.weight", vector[start : start + size].view(shape).clone()))
+                start += size
+        return named
+
+
+PREFIX = "base_model.model."
+
+
+def shape_of_adapter(base: ResidentBase, peft: PeftSpec) -> tuple[dict[str, int], dict[str, float]]:
+    """Return rank and scale of each layer an adapter touches, in the model's order. Raises BadInput if it does not fit the base."""
+    targets = select_targets(peft.target_modules, list(base.layers))
+    ranks = ranks_of(peft, targets)
+    check_ranks(ranks, {name: (layer.out_features, layer.in_features) for name, layer in base.layers.items()})
+    alphas = alphas_of(peft, targets)
+    return ranks, {name: scale_of(alphas[name], r, peft.use_rslora) for name, r in ranks.items()}
+
+
+def _take_rows(banks: Callable[[int], Bank], ranks: Mapping[str, int]) -> dict[int, Row]:
+    """Take a row in the bank of each rank bucket; all or none."""
+    by_bucket: dict[int, dict[str, int]] = {}
+    for name, r in ranks.items():
+        by_bucket.setdefault(rank_bucket(r), {})[name] = r
+    rows: dict[int, Row] = {}
+    try:
+        for rank in sorted(by_bucket):
+            rows[rank] = banks(rank).add(by_bucket[rank])
+    except BaseException:
+        for rank, row in rows.items():
+            banks(rank).remove(row)
+        raise
+    return rows
+
+
+def _initial(base: ResidentBase, ranks: Mapping[str, int], seed: int) -> dict[str, Tensor]:
+    """Fresh weights: A random by (seed, layer name), B zero, so that the adapter starts as the plain base."""
+    tensors: dict[str, Tensor] = {}
+    for name, r in ranks.items():
+        layer = base.layers[name]
+        tensors[f"{PREFIX}{name}.lora_A.weight"] = initial_a(r, layer.in_features, generator_of("init", seed, name))
+        tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.zeros(layer.out_features, r)
+    return tensors
+
+
+def _check_names(tensors: Mapping[str, Tensor], base: ResidentBase, ranks: Mapping[str, int]) -> None:
+    """Raise BadInput unless layers and ranks of given weights are those asked for."""
+    expected: dict[str, tuple[int, int]] = {}
+    for name, r in ranks.items():
+        layer = base.layers[name]
+        expected[f"{PREFIX}{name}.lora_A.weight"] = (r, layer.in_features)
+        expected[f"{PREFIX}{name}.lora_B.weight"] = (layer.out_features, r)
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
+        raise BadInput(
+            f"the initial adapter ({len(tensors) // 2} layers) differs in its layers or their rank from what is asked for "
+            f"({len(ranks)} layers of rank {', '.join(map(str, sorted(set(ranks.values()))))}); "
+            "give peft.target_modules and peft.r what that adapter has."
+        )

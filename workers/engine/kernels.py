@@ -1,0 +1,51 @@
+"""Grouped matrix products: each adapter's rows with its own factors, in one dispatch for a whole pack.
+
+Axes: T rows (tokens) laid end to end by group, G groups, K and N features. `ends` [G] (int32) is where each group's rows end;
+a group may be empty. A group's result has the bits it has alone: the kernel below sees each group's own shape.
+
+Kernels by case: `torch.nn.functional.grouped_mm`, and a loop over the groups, which is the tests' oracle and serves what
+grouped_mm refuses: float64, and rows that are not a multiple of 16 bytes.
+"""
+
+import torch
+from torch import Tensor
+
+ALIGNMENT_BYTES = 16
+"""What grouped_mm asks of every stride (torch 2.13)."""
+
+
+def grouped_rows(x_TK: Tensor, w_GKN: Tensor, ends_G: Tensor) -> Tensor:
+    """Return [T, N]: each group's rows of x times that group's matrix."""
+    if _is_taken(x_TK, w_GKN):
+        return torch.nn.functional.grouped_mm(x_TK, w_GKN, offs=ends_G)
+    return loop_rows(x_TK, w_GKN, ends_G)
+
+
+def grouped_outer(x_TK: Tensor, y_TN: Tensor, ends_G: Tensor) -> Tensor:
+    """Return [G, K, N]: per group the sum over its rows of x^T y; zero where a group is empty."""
+    if _is_taken(x_TK, y_TN):
+        return torch.nn.functional.grouped_mm(x_TK.t(), y_TN, offs=ends_G)
+    return loop_outer(x_TK, y_TN, ends_G)
+
+
+def loop_rows(x_TK: Tensor, w_GKN: Tensor, ends_G: Tensor) -> Tensor:
+    """The oracle of `grouped_rows`."""
+    starts = [0, *ends_G.tolist()]
+    return torch.cat([x_TK[start:end] @ w for start, end, w in zip(starts, starts[1:], w_GKN, strict=False)])
+
+
+def loop_outer(x_TK: Tensor, y_TN: Tensor, ends_G: Tensor) -> Tensor:
+    """The oracle of `grouped_outer`."""
+    starts = [0, *ends_G.tolist()]
+    return torch.stack([x_TK[start:end].t() @ y_TN[start:end] for start, end in zip(starts, starts[1:], strict=False)])
+
+
+def _is_taken(*operands: Tensor) -> bool:
+    """Tell whether grouped_mm takes the operands: a function of their type and feature sizes alone."""
+    return all(_is_aligned(operand) for operand in operands)
+
+
+def _is_aligned(operand: Tensor) -> bool:
+    if operand.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+        return False
+    return all(stride * operand.element_size() % ALIGNMENT_BYTES == 0 for stride in operand.stride() if stride != 1)
