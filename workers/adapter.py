@@ -2,12 +2,13 @@
 
 Everything that reads or makes an adapter passes through `make_adapter`, which holds it to one form: pairs of
 two-dimensional finite float32 factors, ranks and scales that agree with the configuration, targets as an explicit sorted
-list. Files are `adapter_files`' subject, the store `adapter_store`'s.
+list; for a classifier (task_type SEQ_CLS) one whole head and a name for each of its labels, elsewhere neither. Files are
+`adapter_files`' subject, the store `adapter_store`'s.
 """
 
 import hashlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,14 +19,17 @@ from transformers.pytorch_utils import Conv1D
 
 from infra.errors import BadInput
 from infra.fingerprint import id_of_json
+from workers.engine.head_shapes import head_of
 from workers.engine.lora import LoraLinear, scale_of
 from workers.spec import PeftSpec
-from workers.targets import alphas_of, ranks_of
+from workers.targets import alphas_of, can_be_adapted, ranks_of
 
 ADAPTER_VERSION = 1
 PREFIX = "base_model.model."
 A_SUFFIX = ".lora_A.weight"
 B_SUFFIX = ".lora_B.weight"
+HEAD_MODULES = ("classifier", "score")
+"""Names of classification heads; PEFT lists both in modules_to_save, whichever the model has."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,21 @@ class Adapter:
     config: dict[str, Any]
     """What PEFT reads as adapter_config.json."""
     tensors: dict[str, Tensor]
-    """A [r, in] and B [out, r] of each module, float32 on the CPU, contiguous, in the order of their names."""
+    """A [r, in] and B [out, r] of each module, and a head's tensors; float32 on the CPU, contiguous, in the order of their
+    names."""
+    labels: tuple[str, ...] = ()
+    """What a classifier's logits stand for, in their order; empty for other adapters."""
+
+    @property
+    def head_module(self) -> str | None:
+        """Name of the head's module ("score", "classifier"), None for an adapter without one."""
+        names = self.config["modules_to_save"]
+        return str(names[0]) if names else None
+
+    @property
+    def head(self) -> dict[str, Tensor]:
+        """The head's tensors by their names relative to its module ("weight", "dense.bias"); empty without one."""
+        return {} if self.head_module is None else head_tensors(self.head_module, self.tensors)
 
     @property
     def modules(self) -> list[str]:
@@ -65,6 +83,7 @@ def lora_config(
     base_model_name_or_path: str | None,
     task_type: str | None = "CAUSAL_LM",
     fan_in_fan_out: bool = False,
+    modules_to_save: Sequence[str] | None = None,
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
 ) -> dict[str, Any]:
@@ -83,7 +102,7 @@ def lora_config(
         "bias": "none",
         "fan_in_fan_out": fan_in_fan_out,
         "init_lora_weights": True,
-        "modules_to_save": None,
+        "modules_to_save": list(modules_to_save) if modules_to_save else None,
         "target_modules": sorted(set(target_modules)),
         "rank_pattern": dict(sorted((rank_pattern or {}).items())),
         "alpha_pattern": {name: _whole(alpha) for name, alpha in sorted((alpha_pattern or {}).items())},
@@ -95,8 +114,13 @@ def _whole(number: float) -> float:
     return int(number) if float(number).is_integer() else number
 
 
-def build_adapter(peft: PeftSpec, model: PreTrainedModel, tensors: Mapping[str, Tensor], name_or_path: str) -> Adapter:
-    """Return the adapter that training on `model` gave: `tensors` under PEFT's names, described as `peft` asked for it."""
+def build_adapter(
+    peft: PeftSpec, model: PreTrainedModel, tensors: Mapping[str, Tensor], name_or_path: str, labels: Sequence[str] = ()
+) -> Adapter:
+    """Return the adapter that training on `model` gave: `tensors` under PEFT's names, described as `peft` asked for it.
+
+    A classifier's have its head among them, and `labels` are its labels.
+    """
     modules = modules_of(tensors)
     config = lora_config(
         r=peft.r,
@@ -105,11 +129,13 @@ def build_adapter(peft: PeftSpec, model: PreTrainedModel, tensors: Mapping[str, 
         use_rslora=peft.use_rslora,
         target_modules=canonical_targets(modules, (name for name, _ in model.named_modules())),
         base_model_name_or_path=name_or_path,
+        task_type="SEQ_CLS" if labels else "CAUSAL_LM",
+        modules_to_save=[head_of(model).module] if labels else None,
         fan_in_fan_out=any(isinstance(_linear(model.get_submodule(name)), Conv1D) for name in modules),
         rank_pattern={name: r for name, r in ranks_of(peft, modules).items() if r != peft.r},
         alpha_pattern={name: alpha for name, alpha in alphas_of(peft, modules).items() if alpha != peft.lora_alpha},
     )
-    return make_adapter(config, tensors, "the trained adapter")
+    return make_adapter(config, tensors, "the trained adapter", labels)
 
 
 def canonical_targets(modules: Iterable[str], candidates: Iterable[str] = ()) -> list[str]:
@@ -134,23 +160,36 @@ def _suffixes(module: str) -> list[str]:
 
 
 def modules_of(tensors: Iterable[str]) -> list[str]:
-    """Return the modules that tensor names of PEFT speak of, sorted; raise BadInput, naming it, at one that is no LoRA factor."""
+    """Return the modules that PEFT's names of LoRA factors speak of, sorted; names of a classifier's head are passed over.
+
+    Raises BadInput, naming it, at a name that is neither.
+    """
     modules = set()
     for name in tensors:
+        if head_module_of(name) is not None:
+            continue
         suffix = next((suffix for suffix in (A_SUFFIX, B_SUFFIX) if name.endswith(suffix)), None)
         if suffix is None or not name.startswith(PREFIX):
             raise BadInput(
                 f"the tensor {name[:120]!r} is not a LoRA factor of a linear layer ({PREFIX}<module>{A_SUFFIX} or {B_SUFFIX}); "
-                "lorafleet takes plain LoRA: no DoRA, no adapted embeddings, biases or modules_to_save."
+                "lorafleet takes plain LoRA: no DoRA, adapted embeddings or biases, no modules_to_save but a classifier's head."
             )
         modules.add(name.removeprefix(PREFIX).removesuffix(suffix))
     return sorted(modules)
 
 
-def make_adapter(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str) -> Adapter:
+def head_module_of(name: str) -> str | None:
+    """Return the head module ("score", "classifier") that a tensor's name speaks of as its own, None for any other tensor."""
+    module = name.removeprefix(PREFIX).partition(".")[0]
+    is_own = name.startswith(PREFIX) and module in HEAD_MODULES and not name.endswith((A_SUFFIX, B_SUFFIX))
+    return module if is_own else None
+
+
+def make_adapter(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where: str, labels: Sequence[str] = ()) -> Adapter:
     """Return the adapter of a configuration as `lora_config` gives it and PEFT's tensors; `where` names them in errors.
 
-    Raises BadInput if a pair is incomplete, shapes or ranks disagree, a value is not finite, or targets and tensors differ.
+    Raises BadInput if a pair is incomplete, shapes or ranks disagree, a value is not finite, targets and tensors differ, or
+    task type, head and labels do not belong together.
     """
     modules = modules_of(tensors)
     if not modules:
@@ -164,7 +203,42 @@ def make_adapter(config: Mapping[str, Any], tensors: Mapping[str, Tensor], where
     for module in modules:
         _check_pair(config, module, held, where)
     _check_targets(config["target_modules"], modules, where)
-    return Adapter(dict(config), held)
+    adapter = Adapter(dict(config), held, tuple(labels))
+    _check_head(adapter, where)
+    return adapter
+
+
+def _check_head(adapter: Adapter, where: str) -> None:
+    """Raise BadInput unless there is one whole head with a label for each row of its last layer, or no trace of one."""
+    strays = [name for name in adapter.tensors if head_module_of(name) not in (None, adapter.head_module)]
+    if strays or (adapter.head_module is not None) != (adapter.config["task_type"] == "SEQ_CLS"):
+        stray = f" and the tensor {strays[0]}" if strays else ""
+        raise BadInput(
+            f"{where} is of task_type {adapter.config['task_type']} with modules_to_save {adapter.config['modules_to_save']}"
+            f"{stray}; a classifier is SEQ_CLS and saves its one head, others save none."
+        )
+    if adapter.head_module is None:
+        return
+    rows = num_outputs(adapter.head) or 0
+    if rows < 2 or rows != len(adapter.labels) or len(set(adapter.labels)) != rows:
+        raise BadInput(
+            f"{where} has a head of {rows} outputs and {len(set(adapter.labels))} different labels "
+            f"({', '.join(adapter.labels)[:80]}); a classifier has two outputs or more, each with a label of its own."
+        )
+    if not all(torch.isfinite(tensor).all() for tensor in adapter.head.values()):
+        raise BadInput(f"{where}: the head holds NaN or infinity; the training diverged, use an earlier checkpoint.")
+
+
+def head_tensors(module: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a head among those of PEFT's names, by their names relative to its module."""
+    start = f"{PREFIX}{module}."
+    return {name.removeprefix(start): tensor for name, tensor in tensors.items() if name.startswith(start)}
+
+
+def num_outputs(head: Mapping[str, Tensor]) -> int | None:
+    """Return how many logits a head gives: the rows of its last layer, which is alone or called out_proj."""
+    last = head.get("out_proj.weight", head.get("weight"))
+    return last.shape[0] if last is not None and last.dim() == 2 else None
 
 
 def _check_pair(config: Mapping[str, Any], module: str, tensors: Mapping[str, Tensor], where: str) -> None:
@@ -221,12 +295,19 @@ def by_pattern(patterns: Mapping[str, Any], module: str, default: Any) -> Any:
 
 
 def adapter_id(base_id: str, adapter: Adapter) -> str:
-    """Return the id of what the adapter computes: base, method, and per module its name, rank, scale and factors' bytes."""
+    """Return the id of what the adapter computes: base, method, and per module its name, rank, scale and factors' bytes.
+
+    Of a classifier also the head's name and bytes, and the labels in the order of its logits.
+    """
     rows = [
         [module, adapter.factors(module)[0].shape[0], adapter.scale(module).hex(), *map(_digest, adapter.factors(module))]
         for module in adapter.modules
     ]
-    return id_of_json({"version": ADAPTER_VERSION, "base_id": base_id, "method": "LORA", "modules": rows})
+    identity = {"version": ADAPTER_VERSION, "base_id": base_id, "method": "LORA", "modules": rows}
+    if adapter.head_module is not None:
+        head = [[name, *_digest(tensor)] for name, tensor in adapter.head.items()]
+        identity |= {"head": [adapter.head_module, head], "labels": list(adapter.labels)}
+    return id_of_json(identity)
 
 
 def _digest(tensor: Tensor) -> list[Any]:
@@ -236,8 +317,11 @@ def _digest(tensor: Tensor) -> list[Any]:
 def check_against_model(adapter: Adapter, model: PreTrainedModel) -> None:
     """Raise BadInput unless `model` has a linear layer of fitting shape for every factor, and every layer targeted has factors.
 
-    Also if every B is zero: such an adapter does nothing (the half of the effect test that needs no forward pass).
+    A classifier's head must be the one of the model's family. Also if every B is zero: such an adapter does nothing (the half
+    of the effect test that needs no forward pass).
     """
+    if adapter.head_module is not None:
+        _check_head_fits(adapter, model)
     for module in adapter.modules:
         _check_fits(adapter, module, model)
     known = set(adapter.modules)
@@ -249,7 +333,27 @@ def check_against_model(adapter: Adapter, model: PreTrainedModel) -> None:
         raise BadInput("every lora_B of the adapter is zero, so it changes nothing; it was saved before its training.")
 
 
+def _check_head_fits(adapter: Adapter, model: PreTrainedModel) -> None:
+    shape = head_of(model)
+    expected = {shape.peft_name(name): size for name, size in shape.tensor_shapes(len(adapter.labels)).items()}
+    found = {name: tuple(tensor.shape) for name, tensor in adapter.tensors.items() if head_module_of(name) is not None}
+    if found != expected:
+        raise BadInput(
+            f"the adapter's head holds {_listed(found)}, and one for this base holds {_listed(expected)}; "
+            "it was trained on another one."
+        )
+
+
+def _listed(shapes: Mapping[str, tuple[int, ...]]) -> str:
+    return ", ".join(f"{name.removeprefix(PREFIX)} {'x'.join(map(str, size))}" for name, size in sorted(shapes.items()))
+
+
 def _check_fits(adapter: Adapter, module: str, model: PreTrainedModel) -> None:
+    if not can_be_adapted(module):
+        raise BadInput(
+            f"the adapter has factors for {module}, a head, an embedding or a pooler, which lorafleet leaves as they are; "
+            "train it with other target_modules."
+        )
     try:
         layer = _linear(model.get_submodule(module))
     except AttributeError:

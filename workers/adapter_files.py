@@ -1,12 +1,15 @@
 """Adapters as PEFT's two files: our own, always the same bytes for the same adapter, and folders that others wrote.
 
+A classifier's labels stand in the header of its weights (safetensors' own metadata), since PEFT's configuration has no
+place for them; PEFT and others pass them over.
+
 Others' folders are read strictly: what this version does not carry out is refused by name rather than dropped. Nothing is
 looked up on a hub and nothing is unpickled.
 """
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +18,28 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from infra.errors import BadInput
-from workers.adapter import Adapter, by_pattern, canonical_targets, lora_config, make_adapter, modules_of
+from workers.adapter import (
+    HEAD_MODULES,
+    Adapter,
+    by_pattern,
+    canonical_targets,
+    head_module_of,
+    head_tensors,
+    lora_config,
+    make_adapter,
+    modules_of,
+    num_outputs,
+)
 
 CONFIG_NAME = "adapter_config.json"
 WEIGHTS_NAME = "adapter_model.safetensors"
 FILE_NAMES = (CONFIG_NAME, WEIGHTS_NAME)
+LABELS_KEY = "labels"
+"""Key of the metadata in the weights' header: a JSON list of a classifier's labels, in the order of its logits."""
 # fmt: off
 CARRIED = frozenset({
     "peft_type", "task_type", "base_model_name_or_path", "r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out",
-    "bias", "target_modules", "rank_pattern", "alpha_pattern", "init_lora_weights",
+    "bias", "target_modules", "modules_to_save", "rank_pattern", "alpha_pattern", "init_lora_weights",
 })
 """Keys of a foreign configuration that are read."""
 WITHOUT_EFFECT = frozenset({
@@ -41,15 +57,48 @@ BASE_CHANGING_INITS = ("pissa", "olora", "corda", "loftq", "lora_ga")
 def adapter_files(adapter: Adapter) -> dict[str, bytes]:
     """Return the content of PEFT's files by name; the bytes are a function of the adapter alone."""
     config = json.dumps(adapter.config, sort_keys=True, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-    return {CONFIG_NAME: config.encode(), WEIGHTS_NAME: safetensors.torch.save(adapter.tensors)}
+    return {CONFIG_NAME: config.encode(), WEIGHTS_NAME: _weights(adapter)}
 
 
-def parse_adapter(files: Mapping[str, bytes], where: str) -> Adapter:
-    """Read the content of PEFT's files; raise BadInput, naming `where`, if they are damaged or ask for what is not plain LoRA."""
+def _weights(adapter: Adapter) -> bytes:
+    metadata = {LABELS_KEY: json.dumps(adapter.labels, ensure_ascii=False)} if adapter.labels else None
+    return safetensors.torch.save(adapter.tensors, metadata)
+
+
+def parse_adapter(files: Mapping[str, bytes], where: str, labels: Sequence[str] | None = None) -> Adapter:
+    """Read the content of PEFT's files; raise BadInput, naming `where`, if they are damaged or ask for what is not plain LoRA.
+
+    `labels` name a classifier's outputs where the files themselves do not; without them they are called as transformers does:
+    LABEL_0, LABEL_1, ...
+    """
     raw = _json_object(files[CONFIG_NAME], where)
     _refuse_unsupported(raw, where)
     tensors = _tensors(files[WEIGHTS_NAME], where)
-    return make_adapter(_canonical(raw, modules_of(tensors), where), tensors, where)
+    heads = sorted({module for module in map(head_module_of, tensors) if module is not None})
+    config = _canonical(raw, modules_of(tensors), heads, where)
+    if not heads:
+        return make_adapter(config, tensors, where)
+    adapter_labels = _labels(files[WEIGHTS_NAME], where) or labels or _default_labels(heads[0], tensors)
+    return make_adapter(config, tensors, where, adapter_labels)
+
+
+def _default_labels(head: str, tensors: Mapping[str, Tensor]) -> list[str]:
+    return [f"LABEL_{number}" for number in range(num_outputs(head_tensors(head, tensors)) or 0)]
+
+
+def _labels(data: bytes, where: str) -> list[str]:
+    """Return the labels that stand in the header of weights which `safetensors` has accepted; empty if there are none."""
+    header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    text = (header.get("__metadata__") or {}).get(LABELS_KEY)
+    if text is None:
+        return []
+    try:
+        labels = json.loads(text)
+    except (ValueError, RecursionError):
+        labels = None
+    if not isinstance(labels, list) or not all(isinstance(label, str) for label in labels):
+        raise BadInput(f"{where}: the metadata '{LABELS_KEY}' of {WEIGHTS_NAME} is no JSON list of texts; remove it.")
+    return labels
 
 
 def read_adapter_folder(path: Path) -> Adapter:
@@ -66,7 +115,21 @@ def read_adapter_folder(path: Path) -> Adapter:
                 "adapter with PEFT and save it again (save_pretrained writes safetensors)."
             )
         raise BadInput(f"{path} has no {WEIGHTS_NAME}; save the adapter with PEFT's save_pretrained.")
-    return parse_adapter({name: (path / name).read_bytes() for name in FILE_NAMES}, str(path))
+    files = {name: (path / name).read_bytes() for name in FILE_NAMES}
+    return parse_adapter(files, str(path), _labels_beside(path))
+
+
+def _labels_beside(path: Path) -> list[str] | None:
+    """Return the label names of a model's config.json that was saved with the adapter (id2label), if there is one."""
+    if not (path / "config.json").is_file():
+        return None
+    by_number = _json_object((path / "config.json").read_bytes(), str(path)).get("id2label")
+    if not isinstance(by_number, dict):
+        return None
+    labels = [by_number.get(str(number)) for number in range(len(by_number))]
+    if not all(isinstance(label, str) for label in labels):
+        raise BadInput(f"{path}: id2label in config.json does not name the labels 0 to {len(labels) - 1}; correct or remove it.")
+    return [str(label) for label in labels]
 
 
 def _json_object(data: bytes, where: str) -> dict[str, Any]:
@@ -106,12 +169,14 @@ def _refuse_unsupported(raw: Mapping[str, Any], where: str) -> None:
         raise BadInput(
             f"{where} uses init_lora_weights {init[:60]!r}, which this version does not know; it takes plain LoRA only."
         )
-    for key in sorted(raw.keys() - CARRIED - WITHOUT_EFFECT):
+    saved = raw.get("modules_to_save") or []
+    carried = CARRIED if isinstance(saved, list) and set(saved) <= set(HEAD_MODULES) else CARRIED - {"modules_to_save"}
+    for key in sorted(raw.keys() - carried - WITHOUT_EFFECT):
         if raw[key]:
             raise BadInput(f"{where} uses {key[:60]!r} ({str(raw[key])[:60]}), which this version does not carry out.")
 
 
-def _canonical(raw: Mapping[str, Any], modules: list[str], where: str) -> dict[str, Any]:
+def _canonical(raw: Mapping[str, Any], modules: list[str], heads: list[str], where: str) -> dict[str, Any]:
     """Return the configuration in our form; patterns over modules become values by module."""
     r = _number(raw, "r", where)
     if not isinstance(r, int):
@@ -125,6 +190,7 @@ def _canonical(raw: Mapping[str, Any], modules: list[str], where: str) -> dict[s
         base_model_name_or_path=_text(raw, "base_model_name_or_path", where),
         task_type=_text(raw, "task_type", where),
         fan_in_fan_out=bool(raw.get("fan_in_fan_out", False)),
+        modules_to_save=heads,
         rank_pattern=_by_module(raw, "rank_pattern", modules, where),
         alpha_pattern=_by_module(raw, "alpha_pattern", modules, where),
     )

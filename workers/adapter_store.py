@@ -37,6 +37,7 @@ def manifest_body(job: Job, metrics: Mapping[str, float]) -> dict[str, Any]:
         "job_id": job.job_id,
         "task": job.spec.task,
         "task_type": job.spec.task_type,
+        "labels": list(job.labels),
         "base_model_name_or_path": job.spec.base_model.name_or_path,
         "trust_remote_code": job.spec.base_model.trust_remote_code,
         "prompt_contract": job.base.prompt_contract,

@@ -86,6 +86,9 @@ TRUE_BY_DEFAULT = frozenset(
 TRUE_BY_FAMILY = {"gpt_neox": frozenset({"attention_bias"})}
 """Switches that are on unless a file turns them off; all others are off."""
 
+ROBERTAS = ("camembert", "roberta", "xlm-roberta")
+"""Families whose first token stands at position pad_token_id + 1 (1 where it is not given): so many positions are never used."""
+
 LENGTH_DEPENDENT_ROPE = ("dynamic", "yarn", "longrope", "llama3", "su")
 """Rotary types whose frequencies depend on the original and the maximal length."""
 
@@ -106,8 +109,11 @@ def architecture_of(raw: Mapping[str, Any], *, tied: bool) -> dict[str, Any]:
 def context_length_of(raw: Mapping[str, Any]) -> int | None:
     """Return how many tokens a sequence may have, None if the configuration does not say."""
     text = raw.get("text_config")
-    length = _renamed(text if isinstance(text, Mapping) else raw).get("max_position_embeddings")
-    return length if isinstance(length, int) else None
+    own = _renamed(text if isinstance(text, Mapping) else raw)
+    length = own.get("max_position_embeddings")
+    if not isinstance(length, int):
+        return None
+    return length - int(own.get("pad_token_id", 1)) - 1 if own.get("model_type") in ROBERTAS else length
 
 
 def _renamed(raw: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,37 +10,42 @@ from typing import Any, cast
 import torch
 import transformers
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, BitsAndBytesConfig, PreTrainedModel
 
 from infra.errors import BadInput
 from workers.engine.frozen import keep_training_layout
-from workers.spec import BaseModelSpec, QuantizationSpec
+from workers.engine.head_shapes import head_of
+from workers.spec import BaseModelSpec, QuantizationSpec, TaskType
 from workers.targets import NOT_ADAPTED
 from workers.weight_files import find_weights
 
 NUM_CHECKED_TENSORS = 4
 MAX_CHECKED_ELEMENTS = 1 << 20
 """Of each checked tensor, so many elements are compared at most."""
+KINDS: Mapping[TaskType, str] = {"CAUSAL_LM": "a causal language model", "SEQ_CLS": "a model for classification"}
+"""What transformers makes of a base, for people."""
 _ONE_AT_A_TIME = threading.Lock()
 """transformers switches global state while it loads: of two threads that load (in-process hosts), both miss tied weights."""
 
 
-def load_model(path: Path, spec: BaseModelSpec, *, device: str = "cpu") -> PreTrainedModel:
+def load_model(path: Path, spec: BaseModelSpec, *, task_type: TaskType = "CAUSAL_LM", device: str = "cpu") -> PreTrainedModel:
     """Load the base in `path` in the dtype of `spec`: frozen, in eval mode, nothing from the network, never a pickle.
 
     With `spec.quantization` the linears that an adapter may touch are held in 4 bits and compute in that dtype; heads,
     embeddings and norms stay as they are, and the same files give the same packed bytes on every load.
 
-    Raises BadInput if the folder cannot make a causal language model, if weights are missing for it (they would be random),
+    For SEQ_CLS the head that the model has is not to be used, since each adapter has its own: its weights may be missing.
+
+    Raises BadInput if the folder cannot make a model of this kind, if weights are missing for it (they would be random),
     if a sample of loaded tensors is not what the files hold, or if bitsandbytes is needed and cannot be imported.
     """
     weights = find_weights(path)
     with _ONE_AT_A_TIME, quiet():
-        model, report = _from_pretrained(path, spec, device)
-    missing = sorted(report["missing_keys"])
+        model, report = _from_pretrained(path, spec, task_type, device)
+    missing = sorted(name for name in report["missing_keys"] if not _is_unused(name, model, task_type))
     if missing:
         raise BadInput(
-            f"the base {path} has no weights for {missing[0]} ({len(missing)} such tensors); it is no causal language model."
+            f"the base {path} has no weights for {missing[0]} ({len(missing)} such tensors); it does not make {KINDS[task_type]}."
         )
     _check_sample(model, weights)
     keep_training_layout(model)
@@ -49,10 +54,21 @@ def load_model(path: Path, spec: BaseModelSpec, *, device: str = "cpu") -> PreTr
     return model.to(device)  # type: ignore[arg-type]
 
 
-def _from_pretrained(path: Path, spec: BaseModelSpec, device: str) -> tuple[PreTrainedModel, Mapping[str, Any]]:
+def model_class(task_type: TaskType) -> Any:
+    """Return the class of transformers that makes a model for a task type."""
+    return AutoModelForSequenceClassification if task_type == "SEQ_CLS" else AutoModelForCausalLM
+
+
+def _is_unused(name: str, model: PreTrainedModel, task_type: TaskType) -> bool:
+    return task_type == "SEQ_CLS" and name.startswith(f"{head_of(model).module}.")
+
+
+def _from_pretrained(
+    path: Path, spec: BaseModelSpec, task_type: TaskType, device: str
+) -> tuple[PreTrainedModel, Mapping[str, Any]]:
     quantized = {} if spec.quantization is None else _quantized(spec.quantization, spec.dtype, device)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = model_class(task_type).from_pretrained(
             path,
             dtype=getattr(torch, spec.dtype),
             local_files_only=True,
@@ -63,7 +79,7 @@ def _from_pretrained(path: Path, spec: BaseModelSpec, device: str) -> tuple[PreT
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BadInput(f"transformers cannot load the base {path} as a causal language model: {first[:300]}") from error
+        raise BadInput(f"transformers cannot load the base {path} as {KINDS[task_type]}: {first[:300]}") from error
     return cast(tuple[PreTrainedModel, Mapping[str, Any]], loaded)
 
 

@@ -65,8 +65,11 @@ class Resolver:
         base = self._base(spec.base_model)
         _refuse_other_tasks(spec, base.identity)
         self._check_adapter(spec, base)
+        initial = self._initial_adapter(spec, base)
         data = self._data_of(spec, base)
-        init_adapter_id = self._init_adapter(spec, base, data.labels)
+        if initial is not None:
+            _refuse_other_labels(initial, data.labels)
+        init_adapter_id = None if initial is None else str(initial["adapter_id"])
         self._check_answers(spec, base, data.splits.validation)
         return pin(spec, base.ref, data.train, data.validation, data.test, init_adapter_id, data.labels)
 
@@ -105,13 +108,19 @@ class Resolver:
         check_ranks(ranks_of(spec.peft, targets), shapes)
         alphas_of(spec.peft, targets)
 
-    def _init_adapter(self, spec: JobSpec, base: _Base, labels: tuple[str, ...]) -> str | None:
+    def _initial_adapter(self, spec: JobSpec, base: _Base) -> dict[str, Any] | None:
+        """Return the manifest of the adapter to continue from, if there is one."""
         if spec.peft.init_adapter is None:
             return None
         base_id, adapter_id = self.find_adapter(spec.tenant, spec.peft.init_adapter)
         refuse_other_base(f"peft.init_adapter {adapter_id[:12]}", base_id, base.ref.base_id)
-        _refuse_other_labels(read_manifest(self.store, AdapterRef(spec.tenant, base_id, adapter_id)), spec.task_type, labels)
-        return adapter_id
+        manifest = read_manifest(self.store, AdapterRef(spec.tenant, base_id, adapter_id))
+        if (manifest["task_type"] == "SEQ_CLS") != (spec.task_type == "SEQ_CLS"):
+            raise BadInput(
+                f"peft.init_adapter {adapter_id[:12]} is of task_type {manifest['task_type']}, and this job of {spec.task_type}; "
+                "start from one of its kind, or set init_adapter to null."
+            )
+        return manifest
 
     def _data_of(self, spec: JobSpec, base: _Base) -> _Data:
         key = (spec.tenant, spec.data, spec.task_type)
@@ -187,19 +196,16 @@ def _ends_with(name: str, part: str) -> bool:
     return name == part or name.endswith(f".{part}")
 
 
-def _refuse_other_labels(manifest: Mapping[str, Any], task_type: TaskType, labels: tuple[str, ...]) -> None:
-    """Raise BadInput unless an adapter was made for this task type, and its head for these labels in their order."""
-    adapter = f"peft.init_adapter {manifest['adapter_id'][:12]}"
-    if (manifest["task_type"] == "SEQ_CLS") != (task_type == "SEQ_CLS"):
-        raise BadInput(
-            f"{adapter} is of task_type {manifest['task_type']}, and this job of {task_type}; "
-            "start from one of its kind, or set init_adapter to null."
-        )
+def _refuse_other_labels(manifest: Mapping[str, Any], labels: tuple[str, ...]) -> None:
+    """Raise BadInput unless the head of an adapter that is continued has these labels, in their order."""
     before = tuple(manifest.get("labels", ()))
     if before != labels:
         moved = sorted(set(before) ^ set(labels))
         what = f"{moved[0][:60]!r} is a label of one of them only" if moved else "they are in another order"
-        raise BadInput(f"{adapter} tells apart other labels than these training rows ({what}); set init_adapter to null.")
+        raise BadInput(
+            f"peft.init_adapter {manifest['adapter_id'][:12]} tells apart other labels than these training rows ({what}); "
+            "set init_adapter to null."
+        )
 
 
 def refuse_other_base(what: str, trained_on: str, present: str) -> None:

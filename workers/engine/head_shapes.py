@@ -21,11 +21,11 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from infra.errors import BadInput
+from workers.architecture import ROBERTAS
 from workers.engine.dropout import generator_of
 
 DECODERS = ("gemma", "gpt2", "llama", "mistral", "phi", "phi3", "qwen2", "qwen3")
 BERTS = ("bert",)
-ROBERTAS = ("camembert", "roberta", "xlm-roberta")
 FAMILIES = (*BERTS, *DECODERS, *ROBERTAS)
 """`model_type`s whose bases can be trained to classify."""
 ENCODERS = (*BERTS, *ROBERTAS)
