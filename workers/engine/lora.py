@@ -89,10 +89,10 @@ class LoraLinear(nn.Module):
         return self.frozen.out_features
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map x [..., I] to [..., O]."""
+        """Map x [..., I] to [..., O]; only a pack has gradients."""
         if self.group is not None and self.group.plan is not None:
             return self.group.output(self.place, x)
-        y: Tensor = self.base(x)
+        y = self.frozen.product(x)  # not the module's own, which may differ where it is held in 4 bits: see FrozenLinear4bit
         if self.factors is None:
             return y
         update = nn.functional.linear(nn.functional.linear(x.to(self.factors.a.dtype), self.factors.a), self.factors.b)

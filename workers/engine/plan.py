@@ -3,8 +3,8 @@
 A segment is what shares a bank, a run of linears that stand side by side (all of query, key, value, or one of them) and the
 question whether inputs are dropped. Which segments there are follows from who is in the pass (`Structure`, kept between passes);
 where their tokens lie changes from pass to pass (`Plan`). The rows of a segment are a slice of its bank and its tokens, where
-they lie together, a slice of the stream: nothing is gathered or copied then. Members of the slice that have no tokens in this pass
-are empty groups. Axes: T tokens of the pass, T' those of the segment, G rows of the slice, n linears of the run.
+they lie together, a slice of the stream: nothing is gathered or copied then. Rows of the slice that have no tokens in this
+pass are empty groups. Axes: T tokens of the pass, T' those of the segment, G rows of the slice, n linears of the run.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ def _parts(group: Sequence[str], shapes: Mapping[str, Shape], bank: Bank, member
             continue
         for run in _runs([place for place, name in enumerate(group) if name in row.ranks], fused):
             found.setdefault(run, []).append(number)
-    return [_Part(bank, tuple(group[place] for place in run), run, tuple(who), drops) for run, who in found.items()]
+    # In the order of places: an adapter's updates are summed in an order of its own, whoever came first.
+    return [_Part(bank, tuple(group[place] for place in run), run, tuple(who), drops) for run, who in sorted(found.items())]
 
 
 def _runs(places: Sequence[int], fused: bool) -> list[tuple[int, ...]]:

@@ -349,7 +349,7 @@ PREFIX = "base_model.model."
 
 
 def shape_of_adapter(base: ResidentBase, peft: PeftSpec) -> tuple[dict[str, int], dict[str, float]]:
-    """Return rank and scale of each layer an adapter touches, in the model's order. Raises BadInput if it does not fit the base."""
+    """Return rank and scale of each layer an adapter touches, in the model's order. Raises BadInput if it does not fit."""
     targets = select_targets(peft.target_modules, list(base.layers))
     ranks = ranks_of(peft, targets)
     check_ranks(ranks, {name: (layer.out_features, layer.in_features) for name, layer in base.layers.items()})

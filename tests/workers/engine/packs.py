@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +21,13 @@ from workers.engine.resident import ResidentBase
 from workers.engine.training import StepResult, Training
 from workers.spec import PeftSpec, TrainingSpec
 
-WIDTH = {"vocab_size": 97, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+WIDTH: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+}
 CONFIGS = {
     "llama": LlamaConfig(**WIDTH, intermediate_size=48, num_key_value_heads=2),
     "qwen2": Qwen2Config(**WIDTH, intermediate_size=48, num_key_value_heads=2),
@@ -78,7 +85,7 @@ def alone(
     dtype: torch.dtype = torch.float32,
     train: Sequence[Example] | None = None,
     validation: Sequence[Example] | None = None,
-    **changes: object,
+    **changes: Any,
 ) -> Alone:
     """A fresh base with one adapter on it; `changes` are fields of PeftSpec and TrainingSpec."""
     pack = Pack(ResidentBase(model_of(family, dtype)), dtype)
@@ -94,7 +101,7 @@ def alone(
     )
 
 
-def specs_of(**changes: object) -> tuple[PeftSpec, TrainingSpec]:
+def specs_of(**changes: Any) -> tuple[PeftSpec, TrainingSpec]:
     """A small adapter and a short training, with `changes` of their fields."""
     peft = {"r": 4, "lora_alpha": 8} | {k: v for k, v in changes.items() if k in PeftSpec.model_fields}
     values = {"learning_rate": 5e-3, "max_steps": 12, "per_device_train_batch_size": 4, "eval_steps": 4, "seed": 3}
