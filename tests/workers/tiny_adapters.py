@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, get_peft_model
 
-from tests.workers.tiny_bases import TARGETS, logits, make_model
+from tests.workers.tiny_bases import CLASSIFIER_TARGETS, TARGETS, logits, make_classifier, make_model
 from workers.adapter import Adapter, lora_config, make_adapter
 from workers.adapter_files import adapter_files
 
@@ -24,11 +24,27 @@ def train_with_peft(folder: Path, family: str = "llama", *, seed: int = 0, zero:
         "task_type": "CAUSAL_LM",
         "fan_in_fan_out": family == "gpt2",
     }
-    model = get_peft_model(make_model(family), LoraConfig(**(settings | options)))
+    return _randomise(get_peft_model(make_model(family), LoraConfig(**(settings | options))), folder, seed, zero)
+
+
+def classify_with_peft(folder: Path, family: str, num_labels: int = 3, *, seed: int = 0, **options: Any) -> torch.Tensor:
+    """Save a PEFT classifier of random factors, and a head other than the model's own; return the logits it gives."""
+    settings: dict[str, Any] = {
+        "r": 4,
+        "lora_alpha": 6,
+        "target_modules": CLASSIFIER_TARGETS[family],
+        "task_type": "SEQ_CLS",
+        "fan_in_fan_out": family == "gpt2",
+    }
+    model = get_peft_model(make_classifier(family, num_labels=num_labels), LoraConfig(**(settings | options)))
+    return _randomise(model, folder, seed, zero=False)
+
+
+def _randomise(model: Any, folder: Path, seed: int, zero: bool) -> torch.Tensor:
     torch.manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if "lora_A" in name or ("lora_B" in name and not zero):
+            if "lora_A" in name or ("lora_B" in name and not zero) or "modules_to_save" in name:
                 parameter.normal_()
     model.eval()
     expected = logits(model)
