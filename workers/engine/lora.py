@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from workers.engine.bank import GRADIENTS, Shape
+from workers.engine.bank import Shape
 from workers.engine.dropout import dropped
 from workers.engine.frozen import Frozen, frozen_of
 from workers.engine.kernels import grouped_outer, grouped_rows
@@ -110,9 +110,8 @@ class _GroupFunction(torch.autograd.Function):
         for segment in plan.segments(group.index):
             h = _shrink(segment, x_TI, plan)
             shrunk.append(h)
-            for number, place in enumerate(segment.places):
-                b_GRO = segment.bank.b(segment.names[number])[segment.rows].transpose(1, 2)
-                update = grouped_rows(_part(h, segment, number), b_GRO, segment.ends)
+            for number, place in enumerate(segment.part.places):
+                update = grouped_rows(_column(h, segment, number), segment.part.b[number].transpose(1, 2), segment.ends)
                 segment.add_to(outputs[place], update.to(outputs[place].dtype))
         ctx.group, ctx.plan, ctx.shape = group, plan, x.shape
         ctx.save_for_backward(x_TI, *shrunk)
@@ -134,14 +133,14 @@ class _GroupFunction(torch.autograd.Function):
 
 def _shrink(segment: Segment, x_TI: Tensor, plan: Plan) -> Tensor:
     """Return s * A drop(x) [T', n R] of the segment's rows, for its n layers."""
-    a_GRI = segment.bank.a_run(segment.names)[segment.rows]
+    a_GRI = segment.part.a
     h = grouped_rows(_input_of(segment, x_TI, a_GRI.dtype, plan), a_GRI.transpose(1, 2), segment.ends)
     return _scaled(h, segment)
 
 
 def _scaled(h: Tensor, segment: Segment) -> Tensor:
     """Multiply each layer's part of h [T', n R] by its adapter's scale, in place."""
-    h.view(h.shape[0], len(segment.names), -1).mul_(segment.scales[:, :, None])
+    h.view(h.shape[0], len(segment.part.names), -1).mul_(segment.scales)
     return h
 
 
@@ -154,28 +153,29 @@ def _backward_of_segment(
     segment: Segment, x_TI: Tensor, h: Tensor, gradients: Sequence[Tensor | None], plan: Plan, wanted: bool
 ) -> Tensor | None:
     """Add the gradients of the segment's factors to its bank; return that of its rows' input, if wanted."""
-    dh = torch.empty_like(h)
-    for number, place in enumerate(segment.places):
-        gradient, part = gradients[place], _part(dh, segment, number)
+    part, ends = segment.part, segment.ends
+    columns = []
+    for number, place in enumerate(part.places):
+        gradient = gradients[place]
         if gradient is None:
-            part.zero_()
+            columns.append(torch.zeros_like(_column(h, segment, number)))
             continue
         gy = segment.take(gradient).to(h.dtype)
-        name = segment.names[number]
-        segment.bank.b(name, GRADIENTS)[segment.rows].add_(grouped_outer(gy, _part(h, segment, number), segment.ends))
-        part.copy_(grouped_rows(gy, segment.bank.b(name)[segment.rows], segment.ends))
-    _scaled(dh, segment)
-    a_GRI = segment.bank.a_run(segment.names)[segment.rows]
-    x = _input_of(segment, x_TI, h.dtype, plan)
-    segment.bank.a_run(segment.names, GRADIENTS)[segment.rows].add_(grouped_outer(dh, x, segment.ends))
+        part.b_gradients[number].add_(grouped_outer(gy, _column(h, segment, number), ends))
+        columns.append(grouped_rows(gy, part.b[number], ends))
+    dh = _scaled(columns[0] if len(columns) == 1 else torch.cat(columns, 1), segment)
+    part.a_gradient.add_(grouped_outer(dh, _input_of(segment, x_TI, h.dtype, plan), ends))
     if not wanted:
         return None
-    dx = grouped_rows(dh, a_GRI, segment.ends)
+    dx = grouped_rows(dh, part.a, ends)
     return dropped(dx, plan.dropout_of(segment)) if segment.drops else dx
 
 
-def _part(h: Tensor, segment: Segment, number: int) -> Tensor:
-    rank = segment.bank.rank
+def _column(h: Tensor, segment: Segment, number: int) -> Tensor:
+    """Return the part of h [T', n R] that belongs to one linear."""
+    if len(segment.part.names) == 1:
+        return h
+    rank = segment.part.rank
     return h[:, number * rank : (number + 1) * rank]
 
 

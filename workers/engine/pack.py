@@ -127,7 +127,7 @@ class Pack:
             if len(self._structures) >= MAX_STRUCTURES:
                 self._structures.clear()
             names = [group.names for group in self.base.groups]
-            banks = dict(sorted(self._banks.items()))
+            banks = [bank for _, bank in sorted(self._banks.items())]
             self._structures[key] = Structure(names, self._shapes, banks, [training.member for training in order])
         return self._structures[key].plan(tokens, self.base.device, self.dtype, dropout)
 

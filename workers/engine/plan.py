@@ -9,13 +9,14 @@ pass are empty groups. Axes: T tokens of the pass, T' those of the segment, G ro
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from workers.engine.bank import Bank, Row, Shape, are_adjacent
+from workers.engine.bank import GRADIENTS, Bank, Row, Shape, are_adjacent
 from workers.engine.dropout import DropoutRows
 
 
@@ -30,31 +31,56 @@ class Member:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """A segment before it is known where its tokens lie."""
+class Part:
+    """A segment before it is known where its tokens lie: views of its rows in the bank, made once. Shapes as in `Bank`."""
 
-    bank: Bank
+    rank: int
     names: tuple[str, ...]
     places: tuple[int, ...]
+    """Of its linears in their group."""
     members: tuple[int, ...]
     """Places of its adapters in the pass, in the order of their rows."""
+    rows: tuple[int, ...]
     drops: bool
+    a: Tensor
+    """[G, n R, I]"""
+    a_gradient: Tensor
+    b: tuple[Tensor, ...]
+    """[G, O, R] for each linear."""
+    b_gradients: tuple[Tensor, ...]
+
+    @staticmethod
+    def of(
+        bank: Bank, group: Sequence[str], run: tuple[int, ...], who: Sequence[int], members: Sequence[Member], drops: bool
+    ) -> Part:
+        """Take the views of a run of linears for some adapters of a bank."""
+        names = tuple(group[place] for place in run)
+        rows = tuple(members[member].rows[bank.rank].index for member in who)
+        part = slice(rows[0], rows[-1] + 1)
+        return Part(
+            rank=bank.rank,
+            names=names,
+            places=run,
+            members=tuple(who),
+            rows=rows,
+            drops=drops,
+            a=bank.a_run(names)[part],
+            a_gradient=bank.a_run(names, GRADIENTS)[part],
+            b=tuple(bank.b(name)[part] for name in names),
+            b_gradients=tuple(bank.b(name, GRADIENTS)[part] for name in names),
+        )
 
 
 @dataclass(frozen=True)
 class Segment:
-    """A run of linears, the adapters it serves, and where they are. See the module."""
+    """A run of linears with the adapters it serves, and where their tokens are. See the module."""
 
-    bank: Bank
-    names: tuple[str, ...]
-    places: tuple[int, ...]
-    rows: slice
+    part: Part
     tokens: slice | Tensor
     ends: Tensor
     scales: Tensor
-    """[T', n]"""
+    """[T', n, 1]"""
     drops: bool
-    members: tuple[int, ...]
 
     def take(self, x_TI: Tensor) -> Tensor:
         """Return the segment's rows of a [T, I] tensor; a view where they lie together."""
@@ -69,14 +95,17 @@ class Segment:
 
 
 class Structure:
-    """The segments of each group for adapters in a given order; where their tokens lie is asked for pass by pass."""
+    """The segments of each group for adapters in a given order; where their tokens lie is asked for pass by pass.
+
+    Holds views of the banks: void as soon as somebody joins or leaves.
+    """
 
     def __init__(
-        self, groups: Sequence[Sequence[str]], shapes: Mapping[str, Shape], banks: Mapping[int, Bank], members: Sequence[Member]
+        self, groups: Sequence[Sequence[str]], shapes: Mapping[str, Shape], banks: Sequence[Bank], members: Sequence[Member]
     ) -> None:
         self._members = members
         self.parts = [
-            [part for bank in banks.values() for drops in (False, True) for part in _parts(group, shapes, bank, members, drops)]
+            [part for bank in banks for drops in (False, True) for part in _parts(group, shapes, bank, members, drops)]
             for group in groups
         ]
 
@@ -93,7 +122,7 @@ class Plan:
 
     def __init__(
         self,
-        parts: Sequence[Sequence[_Part]],
+        parts: Sequence[Sequence[Part]],
         members: Sequence[Member],
         lengths: Sequence[int],
         device: torch.device,
@@ -103,11 +132,9 @@ class Plan:
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         """Makes autograd call the functions backward although no weight is a leaf of its graph."""
         self._members, self._lengths, self._device, self._dtype = members, lengths, device, dtype
-        self._starts = [0]
-        for length in lengths:
-            self._starts.append(self._starts[-1] + length)
+        self._starts = [0, *itertools.accumulate(lengths)]
         self._dropout = dropout
-        self._places: dict[tuple[Bank, tuple[int, ...]], tuple[slice, slice | Tensor, Tensor]] = {}
+        self._places: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[slice | Tensor, Tensor]] = {}
         self._scales: dict[tuple[tuple[int, ...], tuple[tuple[float, ...], ...]], Tensor] = {}
         self._dropouts: dict[tuple[int, ...], DropoutRows] = {}
         self._segments = [[self._segment(part) for part in group] for group in parts]
@@ -119,37 +146,38 @@ class Plan:
     def dropout_of(self, segment: Segment) -> tuple[DropoutRows, str]:
         """Return the names of a segment's tokens and layer, from which its mask is drawn."""
         assert self._dropout is not None
-        if segment.members not in self._dropouts:
-            shares = torch.tensor([self._members[member].dropout for member in segment.members])
-            self._dropouts[segment.members] = self._dropout.of(segment.tokens, self._spread(shares, segment.members))
-        return self._dropouts[segment.members], segment.names[0]
+        members = segment.part.members
+        if members not in self._dropouts:
+            shares = torch.tensor([self._members[member].dropout for member in members])
+            self._dropouts[members] = self._dropout.of(segment.tokens, self._spread(shares, members))
+        return self._dropouts[members], segment.part.names[0]
 
-    def _segment(self, part: _Part) -> Segment:
-        key = (part.bank, part.members)
+    def _segment(self, part: Part) -> Segment:
+        key = (part.members, part.rows)
         if key not in self._places:
-            self._places[key] = self._place(part)
-        rows, tokens, ends = self._places[key]
-        drops = part.drops and self._dropout is not None
-        return Segment(part.bank, part.names, part.places, rows, tokens, ends, self._scales_of(part), drops, part.members)
+            self._places[key] = (self._tokens(part.members), self._ends(part))
+        return Segment(part, *self._places[key], self._scales_of(part), part.drops and self._dropout is not None)
 
-    def _place(self, part: _Part) -> tuple[slice, slice | Tensor, Tensor]:
-        own = [self._members[member].rows[part.bank.rank].index for member in part.members]
-        rows = slice(own[0], own[-1] + 1)
-        lengths = torch.zeros(rows.stop - rows.start, dtype=torch.int32)
-        for index, member in zip(own, part.members, strict=True):
-            lengths[index - rows.start] = self._lengths[member]
-        ends = lengths.cumsum(0, dtype=torch.int32).to(self._device)
-        first, last = part.members[0], part.members[-1]
-        if part.members == tuple(range(first, last + 1)):
-            return rows, slice(self._starts[first], self._starts[last + 1]), ends
-        pieces = [torch.arange(self._starts[member], self._starts[member + 1]) for member in part.members]
-        return rows, torch.cat(pieces).to(self._device), ends
+    def _ends(self, part: Part) -> Tensor:
+        """Return where the tokens of each row of the part's slice end among its tokens; rows of others are empty."""
+        lengths = [0] * (part.rows[-1] + 1 - part.rows[0])
+        for row, member in zip(part.rows, part.members, strict=True):
+            lengths[row - part.rows[0]] = self._lengths[member]
+        return torch.tensor(list(itertools.accumulate(lengths)), dtype=torch.int32, device=self._device)
 
-    def _scales_of(self, part: _Part) -> Tensor:
+    def _tokens(self, members: tuple[int, ...]) -> slice | Tensor:
+        first, last = members[0], members[-1]
+        if members == tuple(range(first, last + 1)):
+            return slice(self._starts[first], self._starts[last + 1])
+        pieces = [torch.arange(self._starts[member], self._starts[member + 1]) for member in members]
+        return torch.cat(pieces).to(self._device)
+
+    def _scales_of(self, part: Part) -> Tensor:
         scales = tuple(tuple(self._members[member].scales[name] for name in part.names) for member in part.members)
         key = (part.members, scales)
         if key not in self._scales:
-            self._scales[key] = self._spread(torch.tensor(scales, dtype=torch.float64), part.members).to(self._dtype)
+            spread = self._spread(torch.tensor(scales, dtype=torch.float64), part.members)
+            self._scales[key] = spread.to(self._dtype)[:, :, None]
         return self._scales[key]
 
     def _spread(self, values: Tensor, members: Sequence[int]) -> Tensor:
@@ -158,18 +186,19 @@ class Plan:
         return values.repeat_interleave(counts, 0).to(self._device)
 
 
-def _parts(group: Sequence[str], shapes: Mapping[str, Shape], bank: Bank, members: Sequence[Member], drops: bool) -> list[_Part]:
+def _parts(group: Sequence[str], shapes: Mapping[str, Shape], bank: Bank, members: Sequence[Member], drops: bool) -> list[Part]:
     """Cut a group into runs of linears, each with the adapters that have exactly that run in this bank."""
     fused = not drops and are_adjacent(bank.rank, shapes[group[0]].in_features)
+    own = [(number, member.rows[bank.rank]) for number, member in enumerate(members) if bank.rank in member.rows]
     found: dict[tuple[int, ...], list[int]] = {}
-    for number, member in enumerate(members):
-        row = member.rows.get(bank.rank)
-        if row is None or (member.dropout > 0.0) != drops:
+    # In the order of rows, which is not that of the stream where adapters have rows in several banks.
+    for number, row in sorted(own, key=lambda one: one[1].index):
+        if (members[number].dropout > 0.0) != drops:
             continue
         for run in _runs([place for place, name in enumerate(group) if name in row.ranks], fused):
             found.setdefault(run, []).append(number)
     # In the order of places: an adapter's updates are summed in an order of its own, whoever came first.
-    return [_Part(bank, tuple(group[place] for place in run), run, tuple(who), drops) for run, who in sorted(found.items())]
+    return [Part.of(bank, group, run, who, members, drops) for run, who in sorted(found.items())]
 
 
 def _runs(places: Sequence[int], fused: bool) -> list[tuple[int, ...]]:
