@@ -11,7 +11,7 @@ from pipelines.adapters import refuse_bad_names
 from pipelines.references import find_reference
 from pipelines.workspace import Workspace
 from workers import layout
-from workers.adapter import adapter_id
+from workers.adapter import Adapter, adapter_id
 from workers.adapter_files import read_adapter_folder
 from workers.adapter_store import load_adapter, store_adapter
 from workers.bases import add_base
@@ -65,17 +65,18 @@ def import_adapter(workspace: Workspace, folder: Path, base: Path, tenant: str, 
     is_new = workspace.store.head(layout.manifest(*ref)) is None
     add_base(workspace.store, base, identity)
     if is_new:
-        body = _imported_body(adapter.config, folder, base, task, contract)
+        body = _imported_body(adapter, folder, base, task, contract)
         store_adapter(workspace.store, tenant, identity.base_id, adapter, body)
     return {**ref._asdict(), "task": read_manifest(workspace.store, ref).get("task"), "imported": is_new}
 
 
-def _imported_body(config: Mapping[str, Any], folder: Path, base: Path, task: str | None, contract: str) -> dict[str, Any]:
+def _imported_body(adapter: Adapter, folder: Path, base: Path, task: str | None, contract: str) -> dict[str, Any]:
     """Return what a manifest says of an adapter without a job; its prompt contract is that of the base's folder."""
     return {
         "job_id": None,
         "task": task,
-        "task_type": config["task_type"] or "CAUSAL_LM",
+        "task_type": adapter.config["task_type"] or "CAUSAL_LM",
+        "labels": list(adapter.labels),
         "base_model_name_or_path": str(base),
         "trust_remote_code": False,
         "prompt_contract": contract,
