@@ -75,7 +75,8 @@ class PeftSpec(StrictModel):
     lora_dropout: Annotated[float, Field(ge=0.0, lt=1.0)] = Field(0.0, description="Dropout on the adapter's input.")
     use_rslora: bool = Field(False, description="Scale by lora_alpha / sqrt(r) instead.")
     rank_pattern: dict[ModuleName, Positive] = Field(
-        default_factory=dict, description="Ranks of some layers, by module name (q_proj, layers.0.self_attn.q_proj); the others have r."
+        default_factory=dict,
+        description="Ranks of some layers, by module name (q_proj, layers.0.self_attn.q_proj); the others have r.",
     )
     alpha_pattern: dict[ModuleName, Annotated[float, Field(gt=0)]] = Field(
         default_factory=dict, description="lora_alpha of some layers, by module name; the others have lora_alpha."
