@@ -22,7 +22,7 @@ from workers import layout
 from workers.bases import add_base, find_base, materialise, read_base, read_listing, verify_base
 from workers.identity import describe_base, identify
 from workers.loading import load_model
-from workers.spec import BaseModelSpec, QuantizationSpec
+from workers.spec import BaseModelSpec
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 FLOAT32 = BaseModelSpec(name_or_path="x")
@@ -69,13 +69,10 @@ def test_weights_of_other_shapes_than_the_configuration_are_refused(base: Path, 
         load_model(copy, FLOAT32)
 
 
-def test_unknown_model_types_and_quantisation_are_refused(base: Path, tmp_path: Path) -> None:
+def test_unknown_model_types_are_refused(base: Path, tmp_path: Path) -> None:
     copy = copy_with_config(base, tmp_path / "copy", lambda raw: raw.update(model_type="unheard_of"))
     with pytest.raises(BadInput, match="cannot load the base .* as a causal language model"):
         load_model(copy, FLOAT32)
-    quantised = BaseModelSpec(name_or_path="x", quantization=QuantizationSpec(load_in_4bit=True))
-    with pytest.raises(BadInput, match="4-bit"):
-        load_model(base, quantised)
 
 
 def test_base_is_found_beside_the_job_file_then_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
