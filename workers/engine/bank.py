@@ -10,13 +10,14 @@ all adapters, and AdamW, clip, copy and clean are a few operations over rows.
     joining and leaving moves rows; a row is zeroed before it is used again: weights, gradients, moments
 
 Every block starts at a multiple of ALIGNED values, so that no vectorised kernel has a tail that depends on neighbours.
-An adapter whose ranks differ by layer (rank_pattern) has a row in the bank of each bucket.
+An adapter whose ranks differ by layer (rank_pattern) has a row in the bank of each bucket; a classifier has one more in the
+bank of the heads with as many labels.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -42,7 +43,7 @@ class Shape:
 
 @dataclass(eq=False)
 class Row:
-    """One adapter's place in a bank: the layers it has there, each with its true rank."""
+    """One adapter's place in a bank: the layers it has there, each with its true rank (a head: one name, and its labels)."""
 
     ranks: Mapping[str, int]
     order: tuple[int, int]
@@ -60,41 +61,21 @@ class _Columns:
     size: int
 
 
-@dataclass(eq=False)
 class Bank:
-    """Adapters of one rank bucket. See the module."""
+    """Rows of values with their gradients and moments. What the columns are is the kinds' matter: `LoraBank`, `HeadBank`."""
 
-    rank: int
-    shapes: Mapping[str, Shape]
-    """All adaptable layers of the base, in the model's order."""
-    device: torch.device
-    dtype: torch.dtype = torch.float32
-    rows: list[Row] = field(default_factory=list)
-    _columns: _Columns = field(init=False)
-    _store: Tensor = field(init=False)
-
-    def __post_init__(self) -> None:
-        self._columns = _lay_out(self.rank, self.shapes, ())
-        self._store = torch.zeros(4, 0, 0, device=self.device, dtype=self.dtype)
-        self._places = {name: place for place, name in enumerate(self.shapes)}
+    def __init__(self, order: tuple[int, int], device: torch.device, dtype: torch.dtype) -> None:
+        self.order = order
+        """Banks are gone through in this order wherever one adapter has rows in several."""
+        self.device, self.dtype = device, dtype
+        self.rows: list[Row] = []
+        self._size, self._size_a = 0, 0
+        self._store = torch.zeros(4, 0, 0, device=device, dtype=dtype)
         self._views: dict[tuple[int, str, tuple[str, ...]], Tensor] = {}
 
     @property
     def num_bytes(self) -> int:
         return self._store.numel() * self._store.element_size()
-
-    def add(self, ranks: Mapping[str, int]) -> Row:
-        """Give a clean row for layers of these true ranks. May raise torch.OutOfMemoryError, and then changes nothing."""
-        places = [self._places[name] for name in ranks]
-        row = Row(dict(ranks), (min(places), max(places)))
-        self._make_room(len(self.rows) + 1, ranks)
-        at = next((index for index, other in enumerate(self.rows) if other.order > row.order), len(self.rows))
-        if at < len(self.rows):
-            self._store[:, at + 1 : len(self.rows) + 1] = self._store[:, at : len(self.rows)].clone()
-        self._store[:, at].zero_()
-        self.rows.insert(at, row)
-        self._number()
-        return row
 
     def remove(self, row: Row) -> None:
         """Clean the row and close the gap it leaves; an empty bank gives its memory back."""
@@ -107,15 +88,65 @@ class Bank:
         row.index = -1
         self._number()
         if not self.rows:
-            self._columns = _lay_out(self.rank, self.shapes, ())
-            self._replace(torch.zeros(4, 0, 0, device=self.device, dtype=self.dtype))
+            self._clear()
 
-    def a(self, name: str, kind: int = WEIGHTS) -> Tensor:
-        """Return the factors A of a layer, [S, R, I], over all rows, as a view."""
-        return self.a_run((name,), kind)
+    def region(self, kind: int, which: str) -> Tensor:
+        """Return all factors A ("a": a head's tensors, too) or B ("b") of all rows in use, [rows, size], as a view."""
+        part = slice(0, self._size_a) if which == "a" else slice(self._size_a, self._size)
+        return self._store[kind, : len(self.rows), part]
+
+    def clean_gradients(self, rows: Iterable[Row]) -> None:
+        """Set the gradients of rows to zero."""
+        where = torch.tensor([row.index for row in rows], dtype=torch.long, device=self.device)
+        self._store[GRADIENTS].index_fill_(0, where, 0.0)
+
+    def _insert(self, row: Row) -> None:
+        """Put a row into its place, for which there is room, and clean it."""
+        at = next((index for index, other in enumerate(self.rows) if other.order > row.order), len(self.rows))
+        if at < len(self.rows):
+            self._store[:, at + 1 : len(self.rows) + 1] = self._store[:, at : len(self.rows)].clone()
+        self._store[:, at].zero_()
+        self.rows.insert(at, row)
+        self._number()
+
+    def _clear(self) -> None:
+        self._replace(torch.zeros(4, 0, 0, device=self.device, dtype=self.dtype))
+        self._size, self._size_a = 0, 0
+
+    def _replace(self, store: Tensor) -> None:
+        self._store = store
+        self._views.clear()
+
+    def _view(self, kind: int, start: int, shape: tuple[int, int]) -> Tensor:
+        rows, columns = shape
+        flat = self._store[kind, :, start : start + rows * columns]
+        return flat.view(-1, rows, columns)
+
+    def _number(self) -> None:
+        for index, row in enumerate(self.rows):
+            row.index = index
+
+
+class LoraBank(Bank):
+    """Factors of adapters of one rank bucket. See the module."""
+
+    def __init__(self, rank: int, shapes: Mapping[str, Shape], device: torch.device, dtype: torch.dtype = torch.float32) -> None:
+        """`shapes` are those of all adaptable layers of the base, in the model's order."""
+        super().__init__((0, rank), device, dtype)
+        self.rank, self.shapes = rank, shapes
+        self._columns = _lay_out(rank, shapes, ())
+        self._places = {name: place for place, name in enumerate(shapes)}
+
+    def add(self, ranks: Mapping[str, int]) -> Row:
+        """Give a clean row for layers of these true ranks. May raise torch.OutOfMemoryError, and then changes nothing."""
+        places = [self._places[name] for name in ranks]
+        self._make_room(len(self.rows) + 1, ranks)
+        row = Row(dict(ranks), (min(places), max(places)))
+        self._insert(row)
+        return row
 
     def a_run(self, names: tuple[str, ...], kind: int = WEIGHTS) -> Tensor:
-        """Return the factors A of layers that stand side by side (`are_adjacent`) as one view [S, n R, I]."""
+        """Return the factors A of layers that stand side by side (`are_adjacent`) as one view [S, n R, I] over all rows."""
         key = (kind, "a", names)
         if key not in self._views:
             start, inputs = self._columns.a[names[0]], self.shapes[names[0]].in_features
@@ -129,30 +160,14 @@ class Bank:
             self._views[key] = self._view(kind, self._columns.b[name], (self.shapes[name].out_features, self.rank))
         return self._views[key]
 
-    def region(self, kind: int, which: str) -> Tensor:
-        """Return all factors A ("a") or B ("b") of all rows in use, [rows, size], as a view."""
-        middle = self._columns.size_a
-        part = slice(0, middle) if which == "a" else slice(middle, self._columns.size)
-        return self._store[kind, : len(self.rows), part]
-
     def read(self, row: Row, kind: int, name: str) -> tuple[Tensor, Tensor]:
         """Return A [r, I] and B [O, r] of a layer of one row, at its true rank, as views."""
         r = row.ranks[name]
-        return self.a(name, kind)[row.index, :r], self.b(name, kind)[row.index, :, :r]
+        return self.a_run((name,), kind)[row.index, :r], self.b(name, kind)[row.index, :, :r]
 
-    def clean_gradients(self, rows: Iterable[Row]) -> None:
-        """Set the gradients of rows to zero."""
-        where = torch.tensor([row.index for row in rows], dtype=torch.long, device=self.device)
-        self._store[GRADIENTS].index_fill_(0, where, 0.0)
-
-    def _view(self, kind: int, start: int, shape: tuple[int, int]) -> Tensor:
-        rows, columns = shape
-        flat = self._store[kind, :, start : start + rows * columns]
-        return flat.view(-1, rows, columns)
-
-    def _number(self) -> None:
-        for index, row in enumerate(self.rows):
-            row.index = index
+    def _clear(self) -> None:
+        super()._clear()
+        self._columns = _lay_out(self.rank, self.shapes, ())
 
     def _make_room(self, num_rows: int, names: Iterable[str]) -> None:
         """Grow the store to hold so many rows (capacities double) and these layers."""
@@ -170,12 +185,56 @@ class Bank:
                 (columns.b[name], self._columns.b[name], b),
             ):
                 store[:, : len(self.rows), start : start + size] = self._store[:, : len(self.rows), old : old + size]
-        self._columns = columns
+        self._columns, self._size, self._size_a = columns, columns.size, columns.size_a
         self._replace(store)
 
-    def _replace(self, store: Tensor) -> None:
-        self._store = store
-        self._views.clear()
+
+class HeadBank(Bank):
+    """Classification heads with one number of labels: their tensors, named relative to the head's module.
+
+    A matrix [L, D] is kept as [L', D], L' being L rounded up to a multiple of 8, which the grouped kernel asks for; the
+    rows beyond L are zero and stay so.
+    """
+
+    def __init__(
+        self, num_labels: int, shapes: Mapping[str, tuple[int, ...]], device: torch.device, dtype: torch.dtype = torch.float32
+    ) -> None:
+        super().__init__((1, num_labels), device, dtype)
+        self.num_labels, self._shapes = num_labels, dict(shapes)
+        sizes = [_padded(shape[0]) * (shape[1] if len(shape) == 2 else 1) for shape in shapes.values()]
+        starts, self._full_size = _starts(sizes, 0)
+        self._starts = dict(zip(shapes, starts, strict=True))
+
+    def add(self) -> Row:
+        """Give a clean row. May raise torch.OutOfMemoryError, and then changes nothing."""
+        capacity = self._store.shape[1]
+        if len(self.rows) == capacity:
+            store = torch.zeros(4, max(1, 2 * capacity), self._full_size, device=self.device, dtype=self.dtype)
+            if capacity:
+                store[:, :capacity] = self._store
+            self._size = self._size_a = self._full_size
+            self._replace(store)
+        row = Row({}, (0, 0))
+        self._insert(row)
+        return row
+
+    def tensor(self, name: str, kind: int = WEIGHTS) -> Tensor:
+        """Return a tensor over all rows, filled up: [S, L', D], or [S, L', 1] of a bias, as a view."""
+        key = (kind, "head", (name,))
+        if key not in self._views:
+            shape = self._shapes[name]
+            self._views[key] = self._view(kind, self._starts[name], (_padded(shape[0]), shape[1] if len(shape) == 2 else 1))
+        return self._views[key]
+
+    def read(self, row: Row, kind: int, name: str) -> Tensor:
+        """Return a tensor of one row in its true shape, as a view."""
+        shape = self._shapes[name]
+        filled = self.tensor(name, kind)[row.index, : shape[0]]
+        return filled if len(shape) == 2 else filled[:, 0]
+
+
+def _padded(size: int) -> int:
+    return -(-size // 8) * 8
 
 
 def are_adjacent(rank: int, in_features: int) -> bool:

@@ -11,6 +11,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -18,6 +19,7 @@ from torch import Tensor
 from workers.data.render import Example
 from workers.spec import TrainingSpec
 
+Pooling = Literal["first", "last"]
 TILE = 32
 """Rows; also makes the number of values of every activation a multiple of what a vectorised loop takes in one round."""
 
@@ -28,10 +30,9 @@ class Tokens:
 
     input_ids_L: Tensor
     predicting_K: Tensor
-    """Positions whose next token is supervised."""
+    """Positions whose next token is supervised; of a row that is classified, the one position that its head reads."""
     targets_K: Tensor
-    """Those next tokens."""
-    label: int | None
+    """Those next tokens; the number of the label."""
     row: int
     """Number of the row among the job's rows: names it to dropout."""
 
@@ -42,7 +43,7 @@ class Tokens:
     @property
     def num_targets(self) -> int:
         """Terms of the loss: supervised tokens, or one for a label."""
-        return int(self.targets_K.numel()) if self.label is None else 1
+        return int(self.targets_K.numel())
 
 
 @dataclass(frozen=True)
@@ -87,12 +88,18 @@ def _permutation(seed: int, epoch: int, num_rows: int) -> tuple[int, ...]:
     return tuple(rows)
 
 
-def make_sequence(example: Example, row: int) -> Tokens:
-    """Turn a row into tensors. The first token of a sequence is never predicted, whatever its mask says."""
+def make_sequence(example: Example, row: int, pooling: Pooling = "last") -> Tokens:
+    """Turn a row into tensors. The first token of a sequence is never predicted, whatever its mask says.
+
+    `pooling` is the position that classifies the row, if it has a label.
+    """
     ids_L = torch.tensor(example.input_ids, dtype=torch.long)
+    if example.label is not None:
+        place = 0 if pooling == "first" else len(example.input_ids) - 1
+        return Tokens(ids_L, torch.tensor([place]), torch.tensor([example.label]), row)
     places = [place - 1 for place, target in enumerate(example.supervised) if target and place > 0]
     predicting_K = torch.tensor(places, dtype=torch.long)
-    return Tokens(ids_L, predicting_K, ids_L[predicting_K + 1], getattr(example, "label", None), row)
+    return Tokens(ids_L, predicting_K, ids_L[predicting_K + 1], row)
 
 
 def make_stream(batches: Sequence[Sequence[Tokens]], device: torch.device | str = "cpu", first_position: int = 0) -> Stream:

@@ -6,6 +6,7 @@ of its own adapter's step), therefore the gradient is exact at once. Axes: K pos
 """
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,30 @@ from infra.errors import BadInput
 PORTION_BYTES = 128 << 20
 """Of logits at a time; their gradients take as much again."""
 TILE = 32
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a no-grad pass over rows measured."""
+
+    loss_sum: float = 0.0
+    """Nats over all supervised tokens."""
+    num_targets: int = 0
+    num_correct: int = 0
+    """Supervised tokens whose likeliest prediction was right."""
+
+    def __add__(self, other: "Losses") -> "Losses":
+        return Losses(self.loss_sum + other.loss_sum, self.num_targets + other.num_targets, self.num_correct + other.num_correct)
+
+    def metrics(self, num_bytes: int) -> dict[str, float]:
+        """Return eval/loss (nats per token), perplexity, token accuracy, and bits per byte over `num_bytes` of target text."""
+        loss = self.loss_sum / self.num_targets
+        return {
+            "eval/loss": loss,
+            "eval/perplexity": math.exp(loss) if loss < 700.0 else math.inf,  # exp overflows at 709.8
+            "eval/bits_per_byte": self.loss_sum / math.log(2.0) / max(1, num_bytes),
+            "eval/token_accuracy": self.num_correct / self.num_targets,
+        }
 
 
 class LanguageHead:
@@ -53,15 +78,15 @@ class LanguageHead:
         return losses_K, gradient_KD
 
     @torch.no_grad()
-    def losses_and_hits(self, hidden_KD: Tensor, targets_K: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the cross-entropy [nats] of each position, and whether its likeliest prediction is right."""
+    def losses_and_predictions(self, hidden_KD: Tensor, targets_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the cross-entropy [nats] of each position and its likeliest token."""
         losses_K = torch.empty(len(targets_K), dtype=torch.float64, device=hidden_KD.device)
-        hits_K = torch.empty(len(targets_K), dtype=torch.bool, device=hidden_KD.device)
+        predicted_K = torch.empty_like(targets_K)
         for part in self._portions(hidden_KD):
             logits = self.logits(hidden_KD[part])
             losses_K[part] = nn.functional.cross_entropy(logits, targets_K[part], reduction="none").double()
-            hits_K[part] = logits.argmax(-1) == targets_K[part]
-        return losses_K, hits_K
+            predicted_K[part] = logits.argmax(-1)
+        return losses_K, predicted_K
 
     def _portions(self, hidden_KD: Tensor) -> list[slice]:
         num_rows, vocabulary = len(hidden_KD), self._vocabulary

@@ -11,7 +11,7 @@ gradient is summed in two stages that do not depend on them either: ALIGNED valu
 float64; blocks of layers that only others have are zero and add nothing, exactly.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -25,8 +25,7 @@ from workers.spec import TrainingSpec
 class Update:
     """One adapter's optimiser step."""
 
-    rows: Mapping[int, Row]
-    """By rank bucket."""
+    rows: Mapping[Bank, Row]
     training: TrainingSpec
     learning_rate: float
     step: int
@@ -36,10 +35,15 @@ class Update:
 
 
 @torch.no_grad()
-def gradient_norms(banks: Sequence[Bank], adapters: Sequence[Mapping[int, Row]]) -> list[float]:
-    """Return the norm of each adapter's gradient over all its factors; infinite or NaN if a value is."""
-    squares = {bank.rank: _row_squares(bank) for bank in banks if bank.rows}
-    return [sum(squares[rank][row.index] for rank, row in sorted(rows.items())) ** 0.5 for rows in adapters]
+def gradient_norms(banks: Sequence[Bank], adapters: Sequence[Mapping[Bank, Row]]) -> list[float]:
+    """Return the norm of each adapter's gradient over all its values; infinite or NaN if a value is."""
+    squares = {bank: _row_squares(bank) for bank in banks if bank.rows}
+    return [sum(squares[bank][rows[bank].index] for bank in in_order(rows)) ** 0.5 for rows in adapters]
+
+
+def in_order(banks: Iterable[Bank]) -> list[Bank]:
+    """Return banks in the order of their own, which is no matter of who came first."""
+    return sorted(banks, key=lambda bank: bank.order)
 
 
 def _row_squares(bank: Bank) -> list[float]:
@@ -47,6 +51,8 @@ def _row_squares(bank: Bank) -> list[float]:
     parts = []
     for which in ("a", "b"):
         gradients = bank.region(GRADIENTS, which)
+        if not gradients.numel():
+            continue
         chunks = gradients.reshape(gradients.shape[0], -1, ALIGNED).square().sum(2)
         parts.append(chunks.double().cumsum(1)[:, -1])
     total: list[float] = torch.stack(parts).sum(0).tolist()
@@ -64,11 +70,11 @@ def clip_of(norm: float, max_grad_norm: float) -> float:
 def adamw_step(banks: Sequence[Bank], updates: Sequence[Update]) -> None:
     """Update the weights of the adapters named, by their gradients."""
     for bank in banks:
-        own = sorted((update for update in updates if bank.rank in update.rows), key=lambda update: update.rows[bank.rank].index)
-        if not own:
-            continue
-        rows = [update.rows[bank.rank].index for update in own]
-        for which in ("a", "b"):
+        own = sorted((update for update in updates if bank in update.rows), key=lambda update: update.rows[bank].index)
+        rows = [update.rows[bank].index for update in own]
+        for which in ("a", "b") if own else ():
+            if not bank.region(WEIGHTS, which).numel():
+                continue
             ratios = [update.training.loraplus_lr_ratio if which == "b" else 1.0 for update in own]
             _update_region([bank.region(kind, which) for kind in range(4)], rows, _numbers(own, ratios, bank))
 

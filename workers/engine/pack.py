@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from workers.data.render import Example
-from workers.engine.bank import Bank
+from workers.engine.bank import Bank, HeadBank, LoraBank, Shape
 from workers.engine.batches import Stream, Tokens, make_stream
 from workers.engine.dropout import DropoutRows, row_key, token_keys
 from workers.engine.lora import shapes_of
-from workers.engine.optimizer import Update, adamw_step, clip_of, gradient_norms
+from workers.engine.optimizer import Update, adamw_step, clip_of, gradient_norms, in_order
 from workers.engine.plan import Plan, Structure
-from workers.engine.resident import Losses, ResidentBase
+from workers.engine.resident import Measured, ResidentBase
 from workers.engine.training import StepResult, Training
 from workers.spec import PeftSpec, TrainingSpec
 
@@ -35,8 +35,7 @@ class Pack:
     def __init__(self, base: ResidentBase, dtype: torch.dtype = torch.float32) -> None:
         """Factors, gradients and moments are kept in `dtype`."""
         self.base, self.dtype = base, dtype
-        self._shapes = shapes_of(base.layers)
-        self._banks: dict[int, Bank] = {}
+        self._banks = _Banks(base, shapes_of(base.layers), dtype)
         self._trainings: list[Training] = []
         self._structures: dict[tuple[int, ...], Structure] = {}
 
@@ -46,7 +45,7 @@ class Pack:
 
     def bytes_in_use(self) -> int:
         """Return the bytes of all banks."""
-        return sum(bank.num_bytes for bank in self._banks.values())
+        return sum(bank.num_bytes for bank in self._banks.all())
 
     def join(
         self,
@@ -57,13 +56,26 @@ class Pack:
         *,
         init: Mapping[str, Tensor] | None = None,
         validation_bytes: int = 0,
+        num_labels: int = 0,
     ) -> Training:
         """Take an adapter in, with fresh weights or those of `init` (PEFT names); nobody else notices.
+
+        `num_labels` is that of a classifier, 0 of a language model.
 
         Raises BadInput if targets or rank do not fit the base, torch.OutOfMemoryError if there is no room for its factors.
         """
         self._structures.clear()
-        joined = Training(self.base, self._bank, peft, training, train, validation, init=init, validation_bytes=validation_bytes)
+        joined = Training(
+            self.base,
+            self._banks,
+            peft,
+            training,
+            train,
+            validation,
+            init=init,
+            validation_bytes=validation_bytes,
+            num_labels=num_labels,
+        )
         self._trainings.append(joined)
         return joined
 
@@ -73,8 +85,8 @@ class Pack:
             return
         self._structures.clear()
         self._trainings.remove(training)
-        for rank, row in training.rows.items():
-            self._banks[rank].remove(row)
+        for bank, row in training.rows.items():
+            bank.remove(row)
 
     def advance(self, trainings: Sequence[Training]) -> dict[Training, StepResult]:
         """Do the next micro-batch of each, and the optimiser step of those whose last one it was; only these are returned.
@@ -99,19 +111,14 @@ class Pack:
     def evaluate(self, trainings: Sequence[Training]) -> dict[Training, dict[str, float]]:
         """Measure each adapter on its validation rows, all in the same no-grad passes, and count the result in its standing."""
         portions = {training: training.evaluation_batches() for training in trainings}
-        losses = {training: Losses(0.0, 0, 0) for training in trainings}
+        measured: dict[Training, Measured] = {}
         for number in range(max(map(len, portions.values()), default=0)):
             order = sorted((one for one in trainings if number < len(portions[one])), key=_place_in_stream)
             stream = make_stream([portions[one][number] for one in order], self.base.device, self.base.first_position)
             with self.base.packed(self._plan(order, stream.tokens, None)):
-                for training, measured in zip(order, self.base.measure_stream(stream), strict=True):
-                    losses[training] += measured
-        return {training: training.take_evaluation(losses[training]) for training in trainings}
-
-    def _bank(self, rank: int) -> Bank:
-        if rank not in self._banks:
-            self._banks[rank] = Bank(rank, self._shapes, self.base.device, self.dtype)
-        return self._banks[rank]
+                for training, part in zip(order, self.base.measure_stream(stream), strict=True):
+                    measured[training] = measured[training] + part if training in measured else part  # type: ignore[operator]
+        return {training: training.take_evaluation(measured[training]) for training in trainings}
 
     def _loss_and_gradient(self, order: Sequence[Training], stream: Stream, batches: Sequence[Sequence[Tokens]]) -> list[float]:
         """Add the gradient of the pass to the banks; return the sum of each adapter's losses."""
@@ -127,14 +134,14 @@ class Pack:
             if len(self._structures) >= MAX_STRUCTURES:
                 self._structures.clear()
             names = [group.names for group in self.base.groups]
-            banks = [bank for _, bank in sorted(self._banks.items())]
-            self._structures[key] = Structure(names, self._shapes, banks, [training.member for training in order])
+            members = [training.member for training in order]
+            self._structures[key] = Structure(names, self._banks.shapes, self._banks.all(), members)
         return self._structures[key].plan(tokens, self.base.device, self.dtype, dropout)
 
     def _optimise(self, ready: Sequence[Training]) -> dict[Training, StepResult]:
         if not ready:
             return {}
-        banks = list(self._banks.values())
+        banks = self._banks.all()
         norms = gradient_norms(banks, [training.rows for training in ready])
         finite = [math.isfinite(norm) and math.isfinite(one.loss) for one, norm in zip(ready, norms, strict=True)]
         updates = [
@@ -144,15 +151,42 @@ class Pack:
         ]
         adamw_step(banks, updates)
         for bank in banks:
-            bank.clean_gradients([one.rows[bank.rank] for one in ready if bank.rank in one.rows])
+            bank.clean_gradients([one.rows[bank] for one in ready if bank in one.rows])
         return {
             one: one.finish_step(norm, skipped=not is_finite) for one, norm, is_finite in zip(ready, norms, finite, strict=True)
         }
 
 
-def _place_in_stream(training: Training) -> tuple[tuple[int, int], ...]:
+class _Banks:
+    """The banks of a pack, made when they are first asked for."""
+
+    def __init__(self, base: ResidentBase, shapes: Mapping[str, Shape], dtype: torch.dtype) -> None:
+        self.shapes = shapes
+        self._base, self._dtype = base, dtype
+        self._lora: dict[int, LoraBank] = {}
+        self._heads: dict[int, HeadBank] = {}
+
+    def lora(self, rank: int) -> LoraBank:
+        """Return the bank of a rank bucket."""
+        if rank not in self._lora:
+            self._lora[rank] = LoraBank(rank, self.shapes, self._base.device, self._dtype)
+        return self._lora[rank]
+
+    def head(self, num_labels: int) -> HeadBank:
+        """Return the bank of heads with so many labels."""
+        if num_labels not in self._heads:
+            tensors = self._base.head_shape.tensor_shapes(num_labels)
+            self._heads[num_labels] = HeadBank(num_labels, tensors, self._base.device, self._dtype)
+        return self._heads[num_labels]
+
+    def all(self) -> list[Bank]:
+        """Return all banks in their order."""
+        return in_order([*self._lora.values(), *self._heads.values()])
+
+
+def _place_in_stream(training: Training) -> tuple[tuple[tuple[int, int], int], ...]:
     """Adapters lie in the stream as their rows lie in the banks, so that segments are slices of both."""
-    return tuple(sorted((rank, row.index) for rank, row in training.rows.items()))
+    return tuple((bank.order, row.index) for bank, row in sorted(training.rows.items(), key=lambda item: item[0].order))
 
 
 def _dropout_rows(order: Sequence[Training], batches: Sequence[Sequence[Tokens]], stream: Stream) -> DropoutRows | None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from workers.engine.bank import GRADIENTS, Bank, Row, Shape, are_adjacent
+from workers.engine.bank import GRADIENTS, WEIGHTS, Bank, HeadBank, LoraBank, Row, Shape, are_adjacent
 from workers.engine.dropout import DropoutRows
 
 
@@ -24,8 +24,7 @@ from workers.engine.dropout import DropoutRows
 class Member:
     """One adapter as plans see it: its row in each bank, the scale of its layers, and the share of inputs it drops."""
 
-    rows: Mapping[int, Row]
-    """By rank bucket."""
+    rows: Mapping[Bank, Row]
     scales: Mapping[str, float]
     dropout: float
 
@@ -51,11 +50,11 @@ class Part:
 
     @staticmethod
     def of(
-        bank: Bank, group: Sequence[str], run: tuple[int, ...], who: Sequence[int], members: Sequence[Member], drops: bool
+        bank: LoraBank, group: Sequence[str], run: tuple[int, ...], who: Sequence[int], members: Sequence[Member], drops: bool
     ) -> Part:
         """Take the views of a run of linears for some adapters of a bank."""
         names = tuple(group[place] for place in run)
-        rows = tuple(members[member].rows[bank.rank].index for member in who)
+        rows = tuple(members[member].rows[bank].index for member in who)
         part = slice(rows[0], rows[-1] + 1)
         return Part(
             rank=bank.rank,
@@ -94,6 +93,26 @@ class Segment:
             y_TO.index_add_(0, self.tokens, update)
 
 
+@dataclass(frozen=True)
+class HeadPart:
+    """Heads with one number of labels: views of their rows in the bank."""
+
+    bank: HeadBank
+    members: tuple[int, ...]
+    """Places of their adapters in the pass, in the order of their rows."""
+    rows: tuple[int, ...]
+
+    @staticmethod
+    def of(bank: HeadBank, members: Sequence[Member]) -> HeadPart:
+        """Take those of a bank that are in the pass."""
+        own = sorted((member.rows[bank].index, place) for place, member in enumerate(members) if bank in member.rows)
+        return HeadPart(bank, tuple(place for _, place in own), tuple(row for row, _ in own))
+
+    def tensor(self, name: str, kind: int = WEIGHTS) -> Tensor:
+        """Return a tensor of the slice of rows, [G, L', D]; rows of others may stand between."""
+        return self.bank.tensor(name, kind)[self.rows[0] : self.rows[-1] + 1]
+
+
 class Structure:
     """The segments of each group for adapters in a given order; where their tokens lie is asked for pass by pass.
 
@@ -104,17 +123,20 @@ class Structure:
         self, groups: Sequence[Sequence[str]], shapes: Mapping[str, Shape], banks: Sequence[Bank], members: Sequence[Member]
     ) -> None:
         self._members = members
+        lora = [bank for bank in banks if isinstance(bank, LoraBank)]
+        self.heads = [HeadPart.of(bank, members) for bank in banks if isinstance(bank, HeadBank) and bank.rows]
         self.parts = [
-            [part for bank in banks for drops in (False, True) for part in _parts(group, shapes, bank, members, drops)]
+            [part for bank in lora for drops in (False, True) for part in _parts(group, shapes, bank, members, drops)]
             for group in groups
         ]
+        self.heads = [head for head in self.heads if head.members]
 
     def plan(self, lengths: Sequence[int], device: torch.device, dtype: torch.dtype, dropout: DropoutRows | None) -> Plan:
         """Return the plan of a pass in which each member has so many tokens, laid end to end in their order.
 
         `dropout` names the tokens; None (an evaluation) drops nothing.
         """
-        return Plan(self.parts, self._members, lengths, device, dtype, dropout)
+        return Plan(self.parts, self._members, lengths, device, dtype, dropout, self.heads)
 
 
 class Plan:
@@ -128,7 +150,10 @@ class Plan:
         device: torch.device,
         dtype: torch.dtype,
         dropout: DropoutRows | None,
+        heads: Sequence[HeadPart] = (),
     ) -> None:
+        self.heads = heads
+        """Of the classifiers in the pass, by number of labels."""
         self.anchor = torch.zeros((), device=device, requires_grad=True)
         """Makes autograd call the functions backward although no weight is a leaf of its graph."""
         self._members, self._lengths, self._device, self._dtype = members, lengths, device, dtype
@@ -186,10 +211,12 @@ class Plan:
         return values.repeat_interleave(counts, 0).to(self._device)
 
 
-def _parts(group: Sequence[str], shapes: Mapping[str, Shape], bank: Bank, members: Sequence[Member], drops: bool) -> list[Part]:
+def _parts(
+    group: Sequence[str], shapes: Mapping[str, Shape], bank: LoraBank, members: Sequence[Member], drops: bool
+) -> list[Part]:
     """Cut a group into runs of linears, each with the adapters that have exactly that run in this bank."""
     fused = not drops and are_adjacent(bank.rank, shapes[group[0]].in_features)
-    own = [(number, member.rows[bank.rank]) for number, member in enumerate(members) if bank.rank in member.rows]
+    own = [(number, member.rows[bank]) for number, member in enumerate(members) if bank in member.rows]
     found: dict[tuple[int, ...], list[int]] = {}
     # In the order of rows, which is not that of the stream where adapters have rows in several banks.
     for number, row in sorted(own, key=lambda one: one[1].index):

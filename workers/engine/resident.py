@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import math
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,48 +14,33 @@ from transformers import GenerationConfig, PreTrainedModel
 from infra.errors import BadInput
 from workers.data.render import Example
 from workers.engine.attention import STREAM_ATTENTION, sequences_of
-from workers.engine.batches import Stream, make_sequence, make_stream
-from workers.engine.lm_head import LanguageHead
+from workers.engine.batches import Pooling, Stream, make_sequence, make_stream
+from workers.engine.class_head import ClassHead, Classified
+from workers.engine.head_shapes import HeadShape, first_position
+from workers.engine.lm_head import LanguageHead, Losses
 from workers.engine.lora import Factors, Group, LoraLinear, Watch, install, switch
 from workers.engine.plan import Plan
 
 PROBE_TOKENS = 8
 
 
-@dataclass(frozen=True)
-class Losses:
-    """What a no-grad pass over rows measured."""
-
-    loss_sum: float
-    """Nats over all supervised tokens."""
-    num_targets: int
-    num_correct: int
-    """Supervised tokens whose likeliest prediction was right."""
-
-    def __add__(self, other: Losses) -> Losses:
-        return Losses(self.loss_sum + other.loss_sum, self.num_targets + other.num_targets, self.num_correct + other.num_correct)
-
-    def metrics(self, num_bytes: int) -> dict[str, float]:
-        """Return eval/loss (nats per token), perplexity, token accuracy, and bits per byte over `num_bytes` of target text."""
-        loss = self.loss_sum / self.num_targets
-        return {
-            "eval/loss": loss,
-            "eval/perplexity": math.exp(loss) if loss < 700.0 else math.inf,  # exp overflows at 709.8
-            "eval/bits_per_byte": self.loss_sum / math.log(2.0) / max(1, num_bytes),
-            "eval/token_accuracy": self.num_correct / self.num_targets,
-        }
+Measured = Losses | Classified
 
 
 class ResidentBase:
-    """A frozen causal language model, ready for adapters to be switched in or packed. Holds no adapter's weights itself."""
+    """A frozen model, ready for adapters to be switched in or packed. Holds no adapter's weights itself.
+
+    A causal language model, or one that transformers made for sequence classification, whose own head is not used.
+    """
 
     def __init__(self, model: PreTrainedModel) -> None:
         """Raises BadInput if a layer mixes tokens otherwise than by attention, or if the head is one that is not known here."""
+        self.classifies = type(model).__name__.endswith("ForSequenceClassification")
         _refuse_other_mixers(model)
         self.model = model
         self.layers: dict[str, LoraLinear] = install(model)
         self.device = model.device
-        self.first_position = 0
+        self.first_position = first_position(model)
         model.requires_grad_(False)
         model.set_attn_implementation(STREAM_ATTENTION)
         model.config.use_cache = False
@@ -64,7 +49,9 @@ class ResidentBase:
         )  # a base's own may penalise repetition: its answers would not be the likeliest
         model.eval()
         _silence_dropout(model)
-        self.head = LanguageHead(model)
+        self.head: LanguageHead | ClassHead = ClassHead(model) if self.classifies else LanguageHead(model)
+        self._own_head: Mapping[str, Tensor] = {}
+        self._plan: Plan | None = None
         self.groups: list[Group] = self._find_groups()
 
     @property
@@ -72,18 +59,34 @@ class ResidentBase:
         """Tokens that a sequence may have, None if the base does not say."""
         return getattr(self.model.config, "max_position_embeddings", None)
 
-    def switch(self, factors: Mapping[str, Factors]) -> None:
-        """Put an adapter's factors beside the base's layers; an empty mapping leaves the plain base."""
+    @property
+    def head_shape(self) -> HeadShape:
+        """The form of a classification head on this base. Raises BadInput if the base was not loaded to classify."""
+        if not isinstance(self.head, ClassHead):
+            raise BadInput("the base was loaded as a language model, which has no classification head; set task_type: SEQ_CLS.")
+        return self.head.shape
+
+    @property
+    def pooling(self) -> Pooling:
+        """Which position of a row its classification head reads."""
+        return self.head.shape.pooling if isinstance(self.head, ClassHead) else "last"
+
+    def switch(self, factors: Mapping[str, Factors], head: Mapping[str, Tensor] | None = None) -> None:
+        """Put an adapter's factors beside the base's layers, and its classification head (tensors named relative to the head's
+        module) behind them; an empty mapping leaves the plain base."""
         switch(self.layers, factors)
+        self._own_head = head or {}
 
     @contextmanager
     def packed(self, plan: Plan) -> Iterator[None]:
         """Let the adapters of a plan stand beside the base's layers while this is open, in forward and backward."""
+        self._plan = plan
         for group in self.groups:
             group.plan = plan
         try:
             yield
         finally:
+            self._plan = None
             for group in self.groups:
                 group.release()
 
@@ -110,50 +113,79 @@ class ResidentBase:
             hidden_TD = self._hidden(stream)
             picked_KD = hidden_TD.index_select(0, stream.predicting_K)
             dtype = torch.promote_types(picked_KD.dtype, torch.float32)
-            losses_K, gradient_KD = self.head.losses_and_gradient(
-                picked_KD.detach(), stream.targets_K, weights[stream.owners_K].to(dtype)
-            )
+            losses_K, gradient_KD = self._losses_and_gradient(picked_KD.detach(), stream, weights[stream.owners_K].to(dtype))
             picked_KD.backward(gradient_KD)
         return _sums(losses_K.double(), stream)
 
+    def _losses_and_gradient(self, hidden_KD: Tensor, stream: Stream, weights_K: Tensor) -> tuple[Tensor, Tensor]:
+        if isinstance(self.head, LanguageHead):
+            return self.head.losses_and_gradient(hidden_KD, stream.targets_K, weights_K)
+        assert self._plan is not None
+        return self.head.losses_and_gradient(hidden_KD, stream.targets_K, weights_K, stream.targets, self._plan.heads)
+
     @torch.no_grad()
-    def measure_stream(self, stream: Stream) -> list[Losses]:
+    def measure_stream(self, stream: Stream) -> list[Measured]:
         """Measure each adapter of a stream, with whatever is packed or switched in."""
-        with sequences_of(_with_tail(stream)):
-            hidden_KD = self._hidden(stream).index_select(0, stream.predicting_K)
-        losses_K, hits_K = self.head.losses_and_hits(hidden_KD, stream.targets_K)
-        sums, hits = _sums(losses_K, stream), _sums(hits_K.double(), stream)
+        hidden_KD = self._picked(stream)
+        if isinstance(self.head, ClassHead):
+            return self._classified(self.head, hidden_KD, stream)
+        losses_K, predicted_K = self.head.losses_and_predictions(hidden_KD, stream.targets_K)
+        sums, hits = _sums(losses_K, stream), _sums((predicted_K == stream.targets_K).double(), stream)
         return [Losses(*found) for found in zip(sums, stream.targets, map(int, hits), strict=True)]
+
+    def _classified(self, head: ClassHead, hidden_KD: Tensor, stream: Stream) -> list[Measured]:
+        if self._plan is not None:
+            losses_K, predicted_K = head.losses_and_predictions(hidden_KD, stream.targets_K, stream.targets, self._plan.heads)
+            labels = {member: part.bank.num_labels for part in self._plan.heads for member in part.members}
+        else:
+            logits_KL = head.logits_of_one(hidden_KD, self._own_head)
+            losses_K = nn.functional.cross_entropy(logits_KL, stream.targets_K, reduction="none").double()
+            predicted_K, labels = logits_KL.argmax(-1), dict.fromkeys(range(len(stream.targets)), logits_KL.shape[1])
+        sums = _sums(losses_K, stream)
+        ends = list(itertools.accumulate(stream.targets))
+        predicted, expected = predicted_K.tolist(), stream.targets_K.tolist()
+        return [
+            Classified(sums[place], tuple(predicted[end - count : end]), tuple(expected[end - count : end]), labels[place])
+            for place, (end, count) in enumerate(zip(ends, stream.targets, strict=True))
+        ]
 
     @torch.no_grad()
     def logits(self, stream: Stream) -> Tensor:
-        """Return logits [K, V], in float32 at least, at the stream's predicting positions."""
+        """Return logits, in float32 at least, at the stream's predicting positions: [K, V], or [K, L] of a classifier."""
+        hidden_KD = self._picked(stream)
+        if isinstance(self.head, ClassHead):
+            return self.head.logits_of_one(hidden_KD, self._own_head)[: stream.num_targets]
+        return self.head.logits(hidden_KD)[: stream.num_targets]
+
+    def _picked(self, stream: Stream) -> Tensor:
         with sequences_of(_with_tail(stream)):
-            hidden_TD = self._hidden(stream)
-        return self.head.logits(hidden_TD.index_select(0, stream.predicting_K))[: stream.num_targets]
+            return self._hidden(stream).index_select(0, stream.predicting_K)
 
     def _hidden(self, stream: Stream) -> Tensor:
         """Return the last hidden states [T, D]."""
-        output = self.model.base_model(
-            input_ids=stream.input_ids_T[None], position_ids=stream.position_ids_T[None], use_cache=False
-        )
+        return self._body(stream.input_ids_T, stream.position_ids_T)
+
+    def _body(self, input_ids_T: Tensor, position_ids_T: Tensor) -> Tensor:
+        own = {} if self.classifies and self.pooling == "first" else {"use_cache": False}  # encoders know no cache
+        output = self.model.base_model(input_ids=input_ids_T[None], position_ids=position_ids_T[None], **own)
         hidden: Tensor = output.last_hidden_state[0]
         return hidden
 
     @torch.no_grad()
     def _find_groups(self) -> list[Group]:
         """Watch one forward to learn which linears share an input, and check that the head's logits are the model's own."""
-        ids = torch.arange(PROBE_TOKENS, device=self.device) % max(2, int(self.model.config.get_text_config().vocab_size))
-        positions = torch.arange(PROBE_TOKENS, device=self.device) + self.first_position
+        ids_T = torch.arange(PROBE_TOKENS, device=self.device) % max(2, int(self.model.config.get_text_config().vocab_size))
+        positions_T = torch.arange(PROBE_TOKENS, device=self.device) + self.first_position
         with sequences_of([PROBE_TOKENS]), Watch(self.layers) as watch:
-            hidden = self.model.base_model(input_ids=ids[None], position_ids=positions[None], use_cache=False).last_hidden_state
-        with sequences_of([PROBE_TOKENS]):
-            expected = self.model(input_ids=ids[None], position_ids=positions[None], use_cache=False).logits[0]
-        if not torch.allclose(self.head.logits(hidden[0]).double(), expected.double(), rtol=1e-3, atol=1e-3):
-            raise BadInput(
-                f"the base ({self.model.config.model_type}) turns hidden states into logits in a way that is not known; "
-                "use a base of the families named in the README."
-            )
+            hidden_TD = self._body(ids_T, positions_T)
+        if isinstance(self.head, LanguageHead):
+            with sequences_of([PROBE_TOKENS]):
+                expected = self.model(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False).logits[0]
+            if not torch.allclose(self.head.logits(hidden_TD).double(), expected.double(), rtol=1e-3, atol=1e-3):
+                raise BadInput(
+                    f"the base ({self.model.config.model_type}) turns hidden states into logits in a way that is not known; "
+                    "use a base of the families named in the README."
+                )
         return watch.groups()
 
 
@@ -187,22 +219,29 @@ def _silence_dropout(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def measure(base: ResidentBase, examples: Sequence[Example], rows_per_pass: int) -> Losses:
+def measure(base: ResidentBase, examples: Sequence[Example], rows_per_pass: int) -> Measured:
     """Measure the base, with whatever adapter is switched in, on `examples`."""
-    total = Losses(0.0, 0, 0)
+    total: Any = None
     for start in range(0, len(examples), rows_per_pass):
-        rows = [make_sequence(example, start + number) for number, example in enumerate(examples[start : start + rows_per_pass])]
-        total += base.measure_stream(make_stream([rows], base.device, base.first_position))[0]
+        part = examples[start : start + rows_per_pass]
+        rows = [make_sequence(example, start + number, base.pooling) for number, example in enumerate(part)]
+        measured = base.measure_stream(make_stream([rows], base.device, base.first_position))[0]
+        total = measured if total is None else total + measured
     return total
 
 
 @torch.no_grad()
-def has_effect(base: ResidentBase, factors: Mapping[str, Factors], example: Example) -> bool:
-    """Tell whether the adapter moves the base's logits on `example`, to finite values (the effect test)."""
-    stream = make_stream([[make_sequence(example, 0)]], base.device, base.first_position)
-    base.switch({})
+def has_effect(
+    base: ResidentBase, factors: Mapping[str, Factors], example: Example, head: Mapping[str, Tensor] | None = None
+) -> bool:
+    """Tell whether the adapter moves the base's logits on `example`, to finite values (the effect test).
+
+    A classifier is held against its own head on the plain base.
+    """
+    stream = make_stream([[make_sequence(example, 0, base.pooling)]], base.device, base.first_position)
+    base.switch({}, head)
     plain = base.logits(stream)
-    base.switch(factors)
+    base.switch(factors, head)
     moved = base.logits(stream)
     base.switch({})
     return bool(torch.isfinite(moved).all()) and not torch.equal(plain, moved)

@@ -10,21 +10,22 @@ moments and a few numbers are the whole state. The state knows no pack, no row a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from infra.errors import BadInput
 from workers.data.render import Example
-from workers.engine.bank import FIRST_MOMENT, SECOND_MOMENT, WEIGHTS, Bank, Row, rank_bucket
+from workers.engine.bank import FIRST_MOMENT, SECOND_MOMENT, WEIGHTS, Bank, HeadBank, LoraBank, Row, rank_bucket
 from workers.engine.batches import Tokens, make_sequence, rows_of_step
 from workers.engine.dropout import generator_of
+from workers.engine.head_shapes import fresh_head
 from workers.engine.lora import Factors, initial_a, scale_of
 from workers.engine.plan import Member
-from workers.engine.resident import Losses, ResidentBase
+from workers.engine.resident import Measured, ResidentBase
 from workers.engine.schedule import learning_rate_at, num_steps
 from workers.spec import PeftSpec, TrainingSpec
 from workers.targets import alphas_of, check_ranks, ranks_of, select_targets
@@ -84,13 +85,25 @@ class _Step:
     seconds: float = 0.0
 
 
+class Banks(Protocol):
+    """Where a training finds its rows."""
+
+    def lora(self, rank: int) -> LoraBank:
+        """Return the bank of a rank bucket."""
+        ...
+
+    def head(self, num_labels: int) -> HeadBank:
+        """Return the bank of heads with so many labels."""
+        ...
+
+
 class Training:
     """Trains one adapter in a pack, which does the arithmetic. Made by `Pack.join`."""
 
     def __init__(
         self,
         base: ResidentBase,
-        banks: Callable[[int], Bank],
+        banks: Banks,
         peft: PeftSpec,
         training: TrainingSpec,
         train: Sequence[Example],
@@ -98,27 +111,28 @@ class Training:
         *,
         init: Mapping[str, Tensor] | None = None,
         validation_bytes: int = 0,
+        num_labels: int = 0,
     ) -> None:
         """Prepare fresh weights, or those of `init` (PEFT names). Raises BadInput if targets or rank do not fit the base."""
         self.base, self.peft, self.training = base, peft, training
         self.train, self.validation, self.validation_bytes = train, validation, validation_bytes
         self.ranks, scales = shape_of_adapter(base, peft)
-        tensors = _initial(base, self.ranks, training.seed) if init is None else init
+        self._names = _names_of(base, self.ranks, num_labels)
         if init is not None:
-            _check_names(init, base, self.ranks)
+            _check_names(init, self._names, self.ranks)
+        tensors = _initial(base, self.ranks, num_labels, training.seed) if init is None else init
         self.num_steps = num_steps(training, len(train))
         self.standing = Standing()
         self._sequences: dict[int, Tokens] = {}
         self._current: _Step | None = None
-        self._banks = banks
-        self._rows = _take_rows(banks, self.ranks)
+        self._rows = _take_rows(banks, self.ranks, num_labels)
         self.member = Member(self._rows, scales, peft.lora_dropout)
         self._write(WEIGHTS, tensors)
         self._best = self._read(WEIGHTS)
 
     @property
-    def rows(self) -> Mapping[int, Row]:
-        """Its row in each bank, by rank bucket."""
+    def rows(self) -> Mapping[Bank, Row]:
+        """Its row in each bank."""
         return self._rows
 
     @property
@@ -199,8 +213,8 @@ class Training:
         self.clean_gradients()
 
     def clean_gradients(self) -> None:
-        for rank, row in self._rows.items():
-            self._banks(rank).clean_gradients([row])
+        for bank, row in self._rows.items():
+            bank.clean_gradients([row])
 
     @property
     def learning_rate(self) -> float:
@@ -230,7 +244,7 @@ class Training:
         portions: list[list[Tokens]] = []
         room = 0
         for number, example in enumerate(self.validation):
-            sequence = make_sequence(example, number)
+            sequence = make_sequence(example, number, self.base.pooling)
             if not portions or sequence.num_tokens > room:
                 portions.append([])
                 room = EVALUATION_TOKENS
@@ -238,9 +252,9 @@ class Training:
             room -= sequence.num_tokens
         return portions
 
-    def take_evaluation(self, losses: Losses) -> dict[str, float]:
+    def take_evaluation(self, measured: Measured) -> dict[str, float]:
         """Take in what the present weights measured: keep them if they are the best, and count towards early stop."""
-        metrics = losses.metrics(self.validation_bytes)
+        metrics = measured.metrics(self.validation_bytes)
         best = self.standing.best_metrics
         improved = best is None or metrics["eval/loss"] < best["eval/loss"] or math.isnan(best["eval/loss"])
         if improved:
@@ -269,7 +283,7 @@ class Training:
         return dict(self._named(self._best if self.keeps_best else self._read(WEIGHTS)))
 
     def kept_factors(self) -> dict[str, Factors]:
-        """Return what `kept_tensors` gives as factors to switch in."""
+        """Return the layers' part of `kept_tensors` as factors to switch in."""
         tensors, device = self.kept_tensors(), self.base.device
         return {
             name: Factors(
@@ -279,6 +293,11 @@ class Training:
             )
             for name in self.ranks
         }
+
+    def kept_head(self) -> dict[str, Tensor]:
+        """Return the head's part of `kept_tensors`, named relative to its module; empty unless it classifies."""
+        tensors = self.kept_tensors()
+        return {name: tensors[peft_name].to(self.base.device) for peft_name, name in self._names.head.items()}
 
     def kept_metrics(self) -> dict[str, float]:
         """Return the validation metrics of the weights that `kept_tensors` gives."""
@@ -312,37 +331,32 @@ class Training:
 
     def _sequence(self, row: int) -> Tokens:
         if row not in self._sequences:
-            self._sequences[row] = make_sequence(self.train[row], row)
+            self._sequences[row] = make_sequence(self.train[row], row, self.base.pooling)
         return self._sequences[row]
 
     def _read(self, kind: int) -> Tensor:
-        """Return a vector of all factors: per layer, in the model's order, A row by row and B row by row."""
-        parts = [factor.reshape(-1) for name, r in self.ranks.items() for factor in self._factors(kind, name)]
-        return torch.cat(parts).cpu()
+        """Return a vector of all values: per layer, in the model's order, A row by row and B row by row, then the head."""
+        return torch.cat([view.reshape(-1) for view in self._views(kind)]).cpu()
 
     def _write(self, kind: int, tensors: Mapping[str, Tensor]) -> None:
         with torch.no_grad():
-            for name in self.ranks:
-                a, b = self._factors(kind, name)
-                a.copy_(tensors[f"{PREFIX}{name}.lora_A.weight"])
-                b.copy_(tensors[f"{PREFIX}{name}.lora_B.weight"])
+            for name, view in zip(self._names.shapes, self._views(kind), strict=True):
+                view.copy_(tensors[name])
 
-    def _factors(self, kind: int, name: str) -> tuple[Tensor, Tensor]:
-        for rank, row in self._rows.items():
-            if name in row.ranks:
-                return self._banks(rank).read(row, kind, name)
-        raise KeyError(name)
+    def _views(self, kind: int) -> Iterator[Tensor]:
+        """Yield the views of its tensors in the banks, in the order of their names."""
+        for name in self.ranks:
+            bank, row = next((bank, row) for bank, row in self._rows.items() if name in row.ranks)
+            assert isinstance(bank, LoraBank)
+            yield from bank.read(row, kind, name)
+        for bank, row in self._rows.items():
+            if isinstance(bank, HeadBank):
+                yield from (bank.read(row, kind, name) for name in self._names.head.values())
 
     def _named(self, vector: Tensor) -> list[tuple[str, Tensor]]:
-        """Cut a vector as `_read` gives it into copies of factors under PEFT's names."""
-        named, start = [], 0
-        for name, r in self.ranks.items():
-            layer = self.base.layers[name]
-            for part, shape in (("lora_A", (r, layer.in_features)), ("lora_B", (layer.out_features, r))):
-                size = shape[0] * shape[1]
-                named.append((f"{PREFIX}{name}.{part}.weight", vector[start : start + size].view(shape).clone()))
-                start += size
-        return named
+        """Cut a vector as `_read` gives it into copies of tensors under PEFT's names."""
+        parts = vector.split([math.prod(shape) for shape in self._names.shapes.values()])
+        return [(name, part.view(shape).clone()) for (name, shape), part in zip(self._names.shapes.items(), parts, strict=True)]
 
 
 PREFIX = "base_model.model."
@@ -357,42 +371,69 @@ def shape_of_adapter(base: ResidentBase, peft: PeftSpec) -> tuple[dict[str, int]
     return ranks, {name: scale_of(alphas[name], r, peft.use_rslora) for name, r in ranks.items()}
 
 
-def _take_rows(banks: Callable[[int], Bank], ranks: Mapping[str, int]) -> dict[int, Row]:
-    """Take a row in the bank of each rank bucket; all or none."""
+@dataclass(frozen=True)
+class _Names:
+    """An adapter's tensors under PEFT's names, in the order of its vector."""
+
+    shapes: Mapping[str, tuple[int, ...]]
+    head: Mapping[str, str]
+    """The head's: PEFT's name -> name relative to the head's module."""
+
+
+def _names_of(base: ResidentBase, ranks: Mapping[str, int], num_labels: int) -> _Names:
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name, r in ranks.items():
+        layer = base.layers[name]
+        shapes[f"{PREFIX}{name}.lora_A.weight"] = (r, layer.in_features)
+        shapes[f"{PREFIX}{name}.lora_B.weight"] = (layer.out_features, r)
+    if not num_labels:
+        return _Names(shapes, {})
+    form = base.head_shape
+    own = form.tensor_shapes(num_labels)
+    return _Names(
+        shapes | {form.peft_name(name): shape for name, shape in own.items()}, {form.peft_name(name): name for name in own}
+    )
+
+
+def _take_rows(banks: Banks, ranks: Mapping[str, int], num_labels: int) -> dict[Bank, Row]:
+    """Take a row in the bank of each rank bucket, and in that of its heads if it classifies; all or none."""
     by_bucket: dict[int, dict[str, int]] = {}
     for name, r in ranks.items():
         by_bucket.setdefault(rank_bucket(r), {})[name] = r
-    rows: dict[int, Row] = {}
+    rows: dict[Bank, Row] = {}
     try:
         for rank in sorted(by_bucket):
-            rows[rank] = banks(rank).add(by_bucket[rank])
+            lora = banks.lora(rank)
+            rows[lora] = lora.add(by_bucket[rank])
+        if num_labels:
+            head = banks.head(num_labels)
+            rows[head] = head.add()
     except BaseException:
-        for rank, row in rows.items():
-            banks(rank).remove(row)
+        for bank, row in rows.items():
+            bank.remove(row)
         raise
     return rows
 
 
-def _initial(base: ResidentBase, ranks: Mapping[str, int], seed: int) -> dict[str, Tensor]:
-    """Fresh weights: A random by (seed, layer name), B zero, so that the adapter starts as the plain base."""
+def _initial(base: ResidentBase, ranks: Mapping[str, int], num_labels: int, seed: int) -> dict[str, Tensor]:
+    """Fresh weights: A random by (seed, layer name), B zero, so that the adapter starts as the plain base; the head as drawn."""
     tensors: dict[str, Tensor] = {}
     for name, r in ranks.items():
         layer = base.layers[name]
         tensors[f"{PREFIX}{name}.lora_A.weight"] = initial_a(r, layer.in_features, generator_of("init", seed, name))
         tensors[f"{PREFIX}{name}.lora_B.weight"] = torch.zeros(layer.out_features, r)
+    if num_labels:
+        form = base.head_shape
+        tensors |= {form.peft_name(name): tensor for name, tensor in fresh_head(form, num_labels, seed).items()}
     return tensors
 
 
-def _check_names(tensors: Mapping[str, Tensor], base: ResidentBase, ranks: Mapping[str, int]) -> None:
-    """Raise BadInput unless layers and ranks of given weights are those asked for."""
-    expected: dict[str, tuple[int, int]] = {}
-    for name, r in ranks.items():
-        layer = base.layers[name]
-        expected[f"{PREFIX}{name}.lora_A.weight"] = (r, layer.in_features)
-        expected[f"{PREFIX}{name}.lora_B.weight"] = (layer.out_features, r)
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
+def _check_names(tensors: Mapping[str, Tensor], names: _Names, ranks: Mapping[str, int]) -> None:
+    """Raise BadInput unless layers, ranks and head of given weights are those asked for."""
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != dict(names.shapes):
+        layers = sum(name.endswith(".lora_A.weight") for name in tensors)
         raise BadInput(
-            f"the initial adapter ({len(tensors) // 2} layers) differs in its layers or their rank from what is asked for "
+            f"the initial adapter ({layers} layers) differs in its layers, their rank or its head from what is asked for "
             f"({len(ranks)} layers of rank {', '.join(map(str, sorted(set(ranks.values()))))}); "
             "give peft.target_modules and peft.r what that adapter has."
         )
