@@ -13,7 +13,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from infra.errors import BadInput
 from workers.data.render import Example
-from workers.engine.attention import STREAM_ATTENTION, sequences_of
+from workers.engine.attention import install_attention
 from workers.engine.batches import Pooling, Stream, make_sequence, make_stream
 from workers.engine.class_head import ClassHead, Classified
 from workers.engine.head_shapes import HeadShape, first_position
@@ -42,7 +42,7 @@ class ResidentBase:
         self.device = model.device
         self.first_position = first_position(model)
         model.requires_grad_(False)
-        model.set_attn_implementation(STREAM_ATTENTION)
+        self._attention = install_attention(model)
         model.config.use_cache = False
         model.generation_config = (
             GenerationConfig()
@@ -57,7 +57,8 @@ class ResidentBase:
     @property
     def context_length(self) -> int | None:
         """Tokens that a sequence may have, None if the base does not say."""
-        return getattr(self.model.config, "max_position_embeddings", None)
+        length = getattr(self.model.config, "max_position_embeddings", None)
+        return None if length is None else int(length) - self.first_position
 
     @property
     def head_shape(self) -> HeadShape:
@@ -109,7 +110,7 @@ class ResidentBase:
         The gradient that the plan's banks receive is that of each adapter's sum over its own denominator.
         """
         weights = torch.tensor([*(1.0 / number for number in denominators), 0.0], dtype=torch.float64, device=self.device)
-        with sequences_of(_with_tail(stream)):
+        with self._attention.sequences(stream.lengths):
             hidden_TD = self._hidden(stream)
             picked_KD = hidden_TD.index_select(0, stream.predicting_K)
             dtype = torch.promote_types(picked_KD.dtype, torch.float32)
@@ -158,7 +159,7 @@ class ResidentBase:
         return self.head.logits(hidden_KD)[: stream.num_targets]
 
     def _picked(self, stream: Stream) -> Tensor:
-        with sequences_of(_with_tail(stream)):
+        with self._attention.sequences(stream.lengths):
             return self._hidden(stream).index_select(0, stream.predicting_K)
 
     def _hidden(self, stream: Stream) -> Tensor:
@@ -176,10 +177,10 @@ class ResidentBase:
         """Watch one forward to learn which linears share an input, and check that the head's logits are the model's own."""
         ids_T = torch.arange(PROBE_TOKENS, device=self.device) % max(2, int(self.model.config.get_text_config().vocab_size))
         positions_T = torch.arange(PROBE_TOKENS, device=self.device) + self.first_position
-        with sequences_of([PROBE_TOKENS]), Watch(self.layers) as watch:
+        with self._attention.sequences([PROBE_TOKENS]), Watch(self.layers) as watch:
             hidden_TD = self._body(ids_T, positions_T)
         if isinstance(self.head, LanguageHead):
-            with sequences_of([PROBE_TOKENS]):
+            with self._attention.sequences([PROBE_TOKENS]):
                 expected = self.model(input_ids=ids_T[None], position_ids=positions_T[None], use_cache=False).logits[0]
             if not torch.allclose(self.head.logits(hidden_TD).double(), expected.double(), rtol=1e-3, atol=1e-3):
                 raise BadInput(
@@ -187,11 +188,6 @@ class ResidentBase:
                     "use a base of the families named in the README."
                 )
         return watch.groups()
-
-
-def _with_tail(stream: Stream) -> list[int]:
-    tail = len(stream.input_ids_T) - stream.num_tokens
-    return [*stream.lengths, tail] if tail else list(stream.lengths)
 
 
 def _sums(values_K: Tensor, stream: Stream) -> list[float]:
