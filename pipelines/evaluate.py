@@ -86,9 +86,10 @@ class Subject:
 
     def bench(self, path: Path) -> Bench:
         """Load the base as the job had it."""
+        labels = self.stored.adapter.labels
         if self.job is None:
-            return Bench(path, BaseModelSpec(name_or_path=str(path)), DEFAULT_MAX_LENGTH)
-        return Bench(path, self.job.spec.base_model, self.job.spec.training.max_length)
+            return Bench(path, BaseModelSpec(name_or_path=str(path)), DEFAULT_MAX_LENGTH, labels=labels)
+        return Bench(path, self.job.spec.base_model, self.job.spec.training.max_length, labels=labels)
 
     def rows(self, data: str | None) -> tuple[str, list[Row]]:
         """Return what is measured on, and its name: rows of a file, or the job's test rows, or its validation rows."""

@@ -22,6 +22,7 @@ from workers import layout
 from workers.fleet import HostFleet
 from workers.job import Job
 from workers.resolve import Resolver
+from workers.spec import metrics_of
 
 
 @dataclass(frozen=True)
@@ -165,6 +166,10 @@ def _report(workspace: Workspace, result: SweepResult, tracking: Tracking) -> Pa
 
 def _check_measured(spec: SweepSpec, job: Job) -> None:
     """Raise BadInput if no trial could measure the objective: every one would train to its end first."""
+    measured = metrics_of(spec.base_job)
+    for objective in spec.objectives:
+        if objective.metric not in measured:
+            raise BadInput(f"the objective {objective.metric} is not measured by such a job; use one of {', '.join(measured)}.")
     if job.validation is None:
         raise BadInput(
             f"the objective {spec.objectives[0].metric} needs validation rows; give data.validation, or data.validation_split."

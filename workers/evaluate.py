@@ -72,16 +72,28 @@ def evaluate_rows(
 class Bench:
     """A base on which stored adapters are tried one after the other, in this process."""
 
-    def __init__(self, path: Path, spec: BaseModelSpec, max_length: int, num_threads: int = 1) -> None:
-        """Load the base of a folder; rows are cut at `max_length` tokens. A job's numbers come back with its threads."""
+    def __init__(
+        self, path: Path, spec: BaseModelSpec, max_length: int, num_threads: int = 1, *, labels: Sequence[str] = ()
+    ) -> None:
+        """Load the base of a folder; rows are cut at `max_length` tokens. A job's numbers come back with its threads.
+
+        With the `labels` of a classifier rows are classified; the plain base then has a head that tells nothing apart.
+        """
         torch.set_num_threads(num_threads)
-        self.base = ResidentBase(load_model(path, spec))
-        self.renderer = Renderer(load_tokenizer(path), max_length, context_length=self.base.context_length)
+        self.base = ResidentBase(load_model(path, spec, task_type="SEQ_CLS" if labels else "CAUSAL_LM"))
+        self.labels = tuple(labels)
+        length = self.base.context_length
+        self.renderer = Renderer(load_tokenizer(path), max_length, context_length=length, labels=self.labels)
 
     @contextmanager
     def wearing(self, adapter: Adapter | None) -> Iterator[None]:
         """Switch an adapter in (None: the plain base). Raises BadInput if it does not fit the model, tensor by tensor."""
-        self.base.switch({} if adapter is None else self._factors(adapter))
+        if adapter is not None and adapter.labels != self.labels:
+            raise BadInput(
+                f"the adapter tells apart {', '.join(adapter.labels)[:80] or 'no labels'}, and these rows are measured for "
+                f"{', '.join(self.labels)[:80] or 'no labels'}; evaluate it in a command of its own."
+            )
+        self.base.switch({} if adapter is None else self._factors(adapter), self._head(adapter))
         try:
             yield
         finally:
@@ -96,6 +108,14 @@ class Bench:
         """Generate an answer for the last turn of each row."""
         with self.wearing(adapter):
             return answer_rows(self.base, self.renderer, rows, max_new_tokens)
+
+    def _head(self, adapter: Adapter | None) -> dict[str, torch.Tensor]:
+        """Return an adapter's head; for the plain base of classifiers one of zeros, to which all labels are alike."""
+        if adapter is not None:
+            return adapter.head
+        if not self.labels:
+            return {}
+        return {name: torch.zeros(shape) for name, shape in self.base.head_shape.tensor_shapes(len(self.labels)).items()}
 
     def _factors(self, adapter: Adapter) -> dict[str, Factors]:
         for module in adapter.modules:
