@@ -119,6 +119,7 @@ class FrozenLinear4bit:
         keep_training_layout(module)
         self.module = module
         self.out_features, self.in_features = (int(size) for size in state.shape)
+        self._stored_shape = _rows_of_blocks(self.out_features * self.in_features, state.blocksize)
 
     @torch.no_grad()
     def product(self, x_TI: Tensor) -> Tensor:
@@ -138,10 +139,11 @@ class FrozenLinear4bit:
         from bitsandbytes.functional import dequantize_4bit  # loading it takes seconds: only where there is such a layer
 
         weight = self.module.weight
-        num_elements = self.out_features * self.in_features
         state = copy.copy(weight.quant_state)
-        state.shape = _rows_of_blocks(num_elements, state.blocksize)
-        values = dequantize_4bit(weight.data, state).flatten()[:num_elements]
+        state.shape = self._stored_shape
+        values = dequantize_4bit(weight.data, state)
+        if values.numel() != self.out_features * self.in_features:
+            values = values.view(-1)[:-1]
         return values.view(self.out_features, self.in_features).to(self.module.compute_dtype or default)
 
 
