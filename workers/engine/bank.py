@@ -97,8 +97,8 @@ class Bank:
 
     def clean_gradients(self, rows: Iterable[Row]) -> None:
         """Set the gradients of rows to zero."""
-        where = torch.tensor([row.index for row in rows], dtype=torch.long, device=self.device)
-        self._store[GRADIENTS].index_fill_(0, where, 0.0)
+        for first, last in _runs(row.index for row in rows):
+            self._store[GRADIENTS, first : last + 1].zero_()
 
     def _insert(self, row: Row) -> None:
         """Put a row into its place, for which there is room, and clean it."""
@@ -231,6 +231,17 @@ class HeadBank(Bank):
         shape = self._shapes[name]
         filled = self.tensor(name, kind)[row.index, : shape[0]]
         return filled if len(shape) == 2 else filled[:, 0]
+
+
+def _runs(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return the first and last of each run of neighbouring numbers."""
+    runs: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if runs and runs[-1][1] == number - 1:
+            runs[-1] = (runs[-1][0], number)
+        else:
+            runs.append((number, number))
+    return runs
 
 
 def _padded(size: int) -> int:

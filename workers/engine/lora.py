@@ -111,7 +111,7 @@ class _GroupFunction(torch.autograd.Function):
             h = _shrink(segment, x_TI, plan)
             shrunk.append(h)
             for number, place in enumerate(segment.part.places):
-                update = grouped_rows(_column(h, segment, number), segment.part.b[number].transpose(1, 2), segment.ends)
+                update = grouped_rows(_column(h, segment, number), segment.part.b_transposed[number], segment.ends)
                 segment.add_to(outputs[place], update.to(outputs[place].dtype))
         ctx.group, ctx.plan, ctx.shape = group, plan, x.shape
         ctx.save_for_backward(x_TI, *shrunk)
@@ -133,15 +133,8 @@ class _GroupFunction(torch.autograd.Function):
 
 def _shrink(segment: Segment, x_TI: Tensor, plan: Plan) -> Tensor:
     """Return s * A drop(x) [T', n R] of the segment's rows, for its n layers."""
-    a_GRI = segment.part.a
-    h = grouped_rows(_input_of(segment, x_TI, a_GRI.dtype, plan), a_GRI.transpose(1, 2), segment.ends)
-    return _scaled(h, segment)
-
-
-def _scaled(h: Tensor, segment: Segment) -> Tensor:
-    """Multiply each layer's part of h [T', n R] by its adapter's scale, in place."""
-    h.view(h.shape[0], len(segment.part.names), -1).mul_(segment.scales)
-    return h
+    a_GIR = segment.part.a_transposed
+    return grouped_rows(_input_of(segment, x_TI, a_GIR.dtype, plan), a_GIR, segment.ends).mul_(segment.scales)
 
 
 def _input_of(segment: Segment, x_TI: Tensor, dtype: torch.dtype, plan: Plan) -> Tensor:
@@ -163,7 +156,7 @@ def _backward_of_segment(
         gy = segment.take(gradient).to(h.dtype)
         part.b_gradients[number].add_(grouped_outer(gy, _column(h, segment, number), ends))
         columns.append(grouped_rows(gy, part.b[number], ends))
-    dh = _scaled(columns[0] if len(columns) == 1 else torch.cat(columns, 1), segment)
+    dh = (columns[0] if len(columns) == 1 else torch.cat(columns, 1)).mul_(segment.scales)
     part.a_gradient.add_(grouped_outer(dh, _input_of(segment, x_TI, h.dtype, plan), ends))
     if not wanted:
         return None

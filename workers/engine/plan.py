@@ -43,9 +43,11 @@ class Part:
     drops: bool
     a: Tensor
     """[G, n R, I]"""
+    a_transposed: Tensor
     a_gradient: Tensor
     b: tuple[Tensor, ...]
     """[G, O, R] for each linear."""
+    b_transposed: tuple[Tensor, ...]
     b_gradients: tuple[Tensor, ...]
 
     @staticmethod
@@ -64,8 +66,10 @@ class Part:
             rows=rows,
             drops=drops,
             a=bank.a_run(names)[part],
+            a_transposed=bank.a_run(names)[part].transpose(1, 2),
             a_gradient=bank.a_run(names, GRADIENTS)[part],
             b=tuple(bank.b(name)[part] for name in names),
+            b_transposed=tuple(bank.b(name)[part].transpose(1, 2) for name in names),
             b_gradients=tuple(bank.b(name, GRADIENTS)[part] for name in names),
         )
 
@@ -78,7 +82,7 @@ class Segment:
     tokens: slice | Tensor
     ends: Tensor
     scales: Tensor
-    """[T', n, 1]"""
+    """[T', n R]"""
     drops: bool
 
     def take(self, x_TI: Tensor) -> Tensor:
@@ -160,7 +164,7 @@ class Plan:
         self._starts = [0, *itertools.accumulate(lengths)]
         self._dropout = dropout
         self._places: dict[tuple[tuple[int, ...], tuple[int, ...]], tuple[slice | Tensor, Tensor]] = {}
-        self._scales: dict[tuple[tuple[int, ...], tuple[tuple[float, ...], ...]], Tensor] = {}
+        self._scales: dict[tuple[tuple[int, ...], int, tuple[tuple[float, ...], ...]], Tensor] = {}
         self._dropouts: dict[tuple[int, ...], DropoutRows] = {}
         self._segments = [[self._segment(part) for part in group] for group in parts]
 
@@ -173,7 +177,7 @@ class Plan:
         assert self._dropout is not None
         members = segment.part.members
         if members not in self._dropouts:
-            shares = torch.tensor([self._members[member].dropout for member in members])
+            shares = torch.tensor([self._members[member].dropout for member in members], dtype=torch.float64)
             self._dropouts[members] = self._dropout.of(segment.tokens, self._spread(shares, members))
         return self._dropouts[members], segment.part.names[0]
 
@@ -199,10 +203,10 @@ class Plan:
 
     def _scales_of(self, part: Part) -> Tensor:
         scales = tuple(tuple(self._members[member].scales[name] for name in part.names) for member in part.members)
-        key = (part.members, scales)
+        key = (part.members, part.rank, scales)
         if key not in self._scales:
-            spread = self._spread(torch.tensor(scales, dtype=torch.float64), part.members)
-            self._scales[key] = spread.to(self._dtype)[:, :, None]
+            columns = torch.tensor(scales, dtype=torch.float64).to(self._dtype).repeat_interleave(part.rank, 1)
+            self._scales[key] = self._spread(columns, part.members)
         return self._scales[key]
 
     def _spread(self, values: Tensor, members: Sequence[int]) -> Tensor:
