@@ -131,7 +131,7 @@ def build_adapter(
         base_model_name_or_path=name_or_path,
         task_type="SEQ_CLS" if labels else "CAUSAL_LM",
         modules_to_save=[head_of(model).module] if labels else None,
-        fan_in_fan_out=any(isinstance(_linear(model.get_submodule(name)), Conv1D) for name in modules),
+        fan_in_fan_out=any(_is_conv1d(model.get_submodule(name)) for name in modules),
         rank_pattern={name: r for name, r in ranks_of(peft, modules).items() if r != peft.r},
         alpha_pattern={name: alpha for name, alpha in alphas_of(peft, modules).items() if alpha != peft.lora_alpha},
     )
@@ -372,6 +372,12 @@ def _check_fits(adapter: Adapter, module: str, model: PreTrainedModel) -> None:
 def _linear(module: nn.Module) -> nn.Module:
     """Return the frozen layer under the engine's wrapper, if it is wrapped."""
     return module.base if isinstance(module, LoraLinear) else module
+
+
+def _is_conv1d(module: nn.Module) -> bool:
+    """Tell a Conv1D, also one that transformers replaced by a 4-bit layer."""
+    layer = _linear(module)
+    return issubclass(getattr(layer, "source_cls", type(layer)), Conv1D)
 
 
 def _conv1d_shape(layer: nn.Module, module: str) -> tuple[int, int]:

@@ -232,6 +232,17 @@ def test_an_adapter_is_evaluated_on_the_base_as_it_was_held_in_training(tmp_path
     assert losses[1] != pytest.approx(losses[0], rel=1e-4)
 
 
+def test_an_adapter_for_a_4_bit_gpt2_is_described_as_one_for_the_plain_base(tmp_path: Path) -> None:
+    base = make_base(tmp_path, "gpt2")
+    configs = []
+    for spec in (quantized(), BaseModelSpec(name_or_path="x")):
+        pack = Pack(ResidentBase(load_model(base, spec)))
+        training = join(pack, 0, target_modules=["c_attn"])
+        configs.append(build_adapter(training.peft, pack.base.model, training.kept_tensors(), "gpt2").config)
+    assert configs[0] == configs[1]
+    assert configs[0]["fan_in_fan_out"] is True
+
+
 def peft_qlora(base: Path, quant_type: str, double: bool, rank: int, alpha: Any, targets: list[str]) -> nn.Module:
     """Return PEFT's model on the base as transformers quantises it. In training mode, where bitsandbytes leaves weights alone."""
     config = BitsAndBytesConfig(
