@@ -107,6 +107,11 @@ class Launcher(Protocol):
         """How many tasks with these resources may run at the same time, at least 1."""
         ...
 
+    @property
+    def num_gpus(self) -> int:
+        """How many GPUs there are to launch tasks on."""
+        ...
+
     def close(self) -> None:
         """Kill what still runs and free what the launcher started."""
         ...

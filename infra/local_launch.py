@@ -80,6 +80,10 @@ class ThreadLauncher:
     def capacity(self, resources: Resources) -> int:
         return max(1, tasks_that_fit(resources, self._num_cpus, self._num_gpus))
 
+    @property
+    def num_gpus(self) -> int:
+        return int(self._num_gpus)
+
     def close(self) -> None:
         """Ask what still runs to stop and wait up to `CLOSE_SECONDS` for it; what does not listen is left behind, and logged."""
         for handle in self._handles:

@@ -163,8 +163,11 @@ class RayLauncher:
 
     def capacity(self, resources: Resources) -> int:
         """How many such tasks fit on the nodes that live, whatever else runs there; at least 1."""
-        nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-        return max(1, sum(tasks_that_fit(resources, node.get("CPU", 0), node.get("GPU", 0)) for node in nodes))
+        return max(1, sum(tasks_that_fit(resources, node.get("CPU", 0), node.get("GPU", 0)) for node in _live_nodes()))
+
+    @property
+    def num_gpus(self) -> int:
+        return sum(int(node.get("GPU", 0)) for node in _live_nodes())
 
     def close(self) -> None:
         for handle in self._handles:
@@ -173,6 +176,10 @@ class RayLauncher:
             handle.join(CLOSE_SECONDS)
         if self._owns_connection:
             ray.shutdown()
+
+
+def _live_nodes() -> list[dict[str, float]]:
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
 def _create_actor(resources: Resources) -> Any:

@@ -47,6 +47,10 @@ class Settings(StrictModel):
     """How long an owner may be silent before others take its claim."""
     orphan_timeout_seconds: float = Field(default=120.0, gt=0)
     """How long a host on an external cluster works on without hearing from a driver."""
+    slots_per_host: int = Field(default=16, gt=0)
+    """Jobs that share one host, and its base, at most."""
+    memory_limit_bytes: int | None = Field(default=None, gt=0)
+    """What a host may use for its base, adapters and passes; None is what its machine or accelerator has free."""
 
     @property
     def cache_dir(self) -> Path:
@@ -115,9 +119,9 @@ def _with_absolute_paths(values: Mapping[str, Any], folder: Path) -> dict[str, A
 
 
 def _number_or_text(name: str, text: str) -> float | str:
-    if Settings.model_fields[name].annotation is not float:
-        return text
+    annotation = Settings.model_fields[name].annotation
+    numbers: dict[Any, type[float]] = {float: float, int: int, int | None: int}
     try:
-        return float(text)
+        return numbers[annotation](text) if annotation in numbers else text
     except ValueError:
         return text

@@ -9,11 +9,14 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
+from sweeps.packs import PackView
 from sweeps.view import SweepView, TrialView
 
 REFRESH_SECONDS = 0.25
 LINE_SECONDS = 10.0
 """Time between two progress lines where there is no terminal; ends of trials are told at once."""
+OLD_SECONDS = 30.0
+"""A pack that was told longer ago says so: hosts tell theirs every few seconds."""
 STYLES = {"running": "cyan", "complete": "green", "pruned": "yellow", "failed": "red", "infeasible": "magenta"}
 
 
@@ -117,8 +120,18 @@ def draw(view: SweepView, height: int) -> Group:
     totals = Text(line + f"{duration(view.seconds_left)} left")
     rungs = "   ".join(f"step {rung.step}: {rung.num_reached} reached, {rung.num_pruned} pruned" for rung in view.rungs)
     notes = [Text(note, style="yellow") for note in view.notes]
-    room = max(4, height - 8 - len(notes))
-    return Group(title, totals, trial_table(view, room), Text(f"rungs  {rungs}" if rungs else ""), *notes)
+    packs = [Text(pack_line(pack)) for pack in view.packs]
+    room = max(4, height - 8 - len(notes) - len(packs))
+    return Group(title, totals, trial_table(view, room), Text(f"rungs  {rungs}" if rungs else ""), *packs, *notes)
+
+
+def pack_line(pack: PackView) -> str:
+    """Return a host's pack as one line, with its age if it is old: its host, or its driver, may be gone."""
+    age = time.time() - pack.told
+    old = f"  (told {duration(age)} ago)" if age > OLD_SECONDS else ""
+    trials = ", ".join(map(str, pack.trials))
+    use = f"{pack.pass_tokens:,} of {pack.budget_tokens:,} tokens a pass   {pack.tokens_per_second:,.0f} tokens/s"
+    return f"{pack.host}  {len(pack.trials)} in the pack ({trials})   {use}   {pack.num_passes:,} passes{old}"
 
 
 def trial_table(view: SweepView, room: int) -> Table:

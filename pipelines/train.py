@@ -16,7 +16,7 @@ from workers import report
 from workers.fleet import HostFleet
 from workers.job import Job
 from workers.metrics_log import decode_points
-from workers.report import Checkpointed, Evaluated, Finished, JobEvent
+from workers.report import Checkpointed, Evaluated, Finished, HostEvent
 
 WAIT_SECONDS = 0.5
 
@@ -33,7 +33,7 @@ class TrainOutcome:
 
 
 def train(
-    workspace: Workspace, path: Path, overrides: Sequence[str], on_event: Callable[[JobEvent], None] = lambda event: None
+    workspace: Workspace, path: Path, overrides: Sequence[str], on_event: Callable[[HostEvent], None] = lambda event: None
 ) -> TrainOutcome:
     """Train one job. Raises BadInput and its kin before anything is launched; a failed training is an outcome."""
     spec, folder = load_job(path, overrides)
@@ -47,7 +47,7 @@ def train(
 
 
 def _train_tracked(
-    workspace: Workspace, job: Job, fleet: HostFleet, log: TrackingLog, on_event: Callable[[JobEvent], None]
+    workspace: Workspace, job: Job, fleet: HostFleet, log: TrackingLog, on_event: Callable[[HostEvent], None]
 ) -> Finished:
     """Have the job trained, and its run told in the tracking log: each chunk of points once, when it is safe in the store."""
     key = f"{job.tenant}/jobs/{job.job_id}"
@@ -73,7 +73,7 @@ def _train_tracked(
     return finished
 
 
-def _drive(fleet: HostFleet, job: Job, on_event: Callable[[JobEvent], None], ship: Callable[[str], None]) -> Finished:
+def _drive(fleet: HostFleet, job: Job, on_event: Callable[[HostEvent], None], ship: Callable[[str], None]) -> Finished:
     """Have the job trained to its end."""
     fleet.submit(job)
     while True:
@@ -110,7 +110,7 @@ def train_with_view(workspace: Workspace, path: Path, overrides: Sequence[str], 
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=None)
 
-        def show(event: JobEvent) -> None:
+        def show(event: HostEvent) -> None:
             match event:
                 case report.Progress():
                     rate = f"loss {event.loss:.4f}  {event.tokens_per_second:,.0f} tokens/s"

@@ -11,6 +11,7 @@ from infra.claims import read_document
 from infra.errors import BadInput
 from infra.storage import Storage
 from sweeps.ledger import Settings, adjust, put_stop, read_header, read_spec, read_trials
+from sweeps.packs import read_packs
 from sweeps.run import CLAIM_FORMAT
 from sweeps.trial import Trial, best_of
 from sweeps.view import SweepView, view_of
@@ -29,7 +30,7 @@ def status(store: Storage, tenant: str, name: str) -> SweepView:
     trials = read_trials(store, tenant, name)
     found = read_document(store, layout.sweep_claim(tenant, name), CLAIM_FORMAT)
     body: dict[str, Any] = found.body if found else {"seconds": 0.0, "status": "running"}
-    return view_of(tenant, spec, body["status"], trials, body["seconds"])
+    return view_of(tenant, spec, body["status"], trials, body["seconds"], packs=read_packs(store, tenant, name))
 
 
 def best(store: Storage, tenant: str, name: str) -> Trial:

@@ -18,6 +18,7 @@ from infra.tracking import Tracker
 from infra.tracking_log import TrackingLog
 from sweeps.ledger import Header, Ledger, Settings, pin_sweep
 from sweeps.outcome import outcome_of_job
+from sweeps.packs import PackView, forget_packs, packs_of, write_packs
 from sweeps.projection import Projection
 from sweeps.space import apply, grid_size
 from sweeps.spec import SweepSpec
@@ -28,7 +29,7 @@ from workers import layout
 from workers.fleet import Fleet
 from workers.job import Job
 from workers.metrics_log import decode_points
-from workers.report import Checkpointed, Evaluated, Finished, JobEvent, Progress
+from workers.report import Checkpointed, Evaluated, Finished, HostEvent, PackState, Progress
 from workers.spec import JobSpec
 
 CLAIM_FORMAT = "sweep-claim/1"
@@ -141,6 +142,10 @@ class _Driver:
     lease: Lease
     notes: list[str] = field(default_factory=list)
     _progress: dict[int, Progress] = field(default_factory=dict)
+    _packs: dict[str, PackState] = field(default_factory=dict)
+    """What hosts told of their packs last, by host."""
+    _shown: tuple[PackView, ...] = ()
+    """The packs that stand in the store."""
     _numbers: dict[str, int] = field(default_factory=dict)
     """Trials whose job was submitted here and has not ended, by job."""
     _preempted: str | None = None
@@ -177,6 +182,7 @@ class _Driver:
             return
         self._asked_last = now
         self.lease.update({"seconds": self.seconds, "status": "running"})
+        self._show_packs()
         self.settings = self.ledger.settings()
         if self.ledger.is_asked_to_stop():
             self.preempt("asked to stop")
@@ -191,14 +197,19 @@ class _Driver:
         spec = self.settings.applied_to(self.header.spec)
         trials = list(self.ledger.trials.values())
         status = "running" if self._preempted is None else "preempted"
-        self.around.on_change(view_of(self.header.tenant, spec, status, trials, self.seconds, self._progress, self.notes))
+        packs = packs_of(self._packs.values(), self._numbers)
+        view = view_of(self.header.tenant, spec, status, trials, self.seconds, self._progress, self.notes, packs)
+        self.around.on_change(view)
 
     def is_done(self) -> bool:
         """Tell whether nothing lives (here) and nothing more is wanted."""
         return self._preempted is not None or (not self.ledger.live() and not self._wants_more())
 
-    def take(self, event: JobEvent) -> None:
+    def take(self, event: HostEvent) -> None:
         """Act on what the fleet tells of a job of ours."""
+        if isinstance(event, PackState):
+            self._packs[event.host] = event
+            return
         number = self._numbers.get(event.job_id)
         if number is None:
             return
@@ -238,6 +249,7 @@ class _Driver:
             for trial in self.ledger.live():
                 self.projection.pause_trial(trial.number)
         self.projection.end(f"{status}({reason})" if reason else status)
+        forget_packs(self.around.store, self.header.tenant, self.header.spec.name)
         self.lease.release({"seconds": self.seconds, "status": status})
         trials = list(self.ledger.trials.values())
         return SweepResult(
@@ -258,6 +270,13 @@ class _Driver:
     def seconds(self) -> float:
         """Running time, summed over resumes."""
         return self._spent_before + self.around.monotonic() - self._began
+
+    def _show_packs(self) -> None:
+        """Let people at other terminals see what the hosts train, where that has changed."""
+        packs = packs_of(self._packs.values(), self._numbers)
+        if packs != self._shown:
+            write_packs(self.around.store, self.header.tenant, self.header.spec.name, packs)
+            self._shown = packs
 
     def _count_grid(self) -> int | None:
         if self.spec.sampler.type != "grid":

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from sweeps.packs import PackView
 from sweeps.space import Params
 from sweeps.spec import SweepSpec
 from sweeps.trial import Trial, TrialStatus, best_of, count_by_status
@@ -60,6 +61,8 @@ class SweepView:
     """Estimate until all trials have ended; None before the first has."""
     notes: tuple[str, ...] = ()
     """What a person should know once: a setting without effect, why no further trial is asked for."""
+    packs: tuple[PackView, ...] = ()
+    """What its hosts train, as they told last."""
 
 
 def view_of(
@@ -70,6 +73,7 @@ def view_of(
     seconds: float,
     progress: Mapping[int, Progress] | None = None,
     notes: Sequence[str] = (),
+    packs: Sequence[PackView] = (),
 ) -> SweepView:
     """Return the view of these trials; `spec` bears the settings in force, `progress` is by the trial's number."""
     live = progress or {}
@@ -88,6 +92,7 @@ def view_of(
         seconds=seconds,
         seconds_left=seconds_left(spec, views, seconds),
         notes=tuple(notes),
+        packs=tuple(packs),
     )
 
 

@@ -106,8 +106,19 @@ class Attempt:
             delete_checkpoint(self.store, before["prefix"])
         return Checkpointed(self.job.job_id, step, self.lease.epoch, chunk)
 
-    def succeed(self, adapter_id: str, metrics: Mapping[str, float], num_steps: int, best_step: int, num_tokens: int) -> Finished:
-        """Commit the adapter as the job's result. The adapter and its manifest must be stored already."""
+    def succeed(
+        self,
+        adapter_id: str,
+        metrics: Mapping[str, float],
+        num_steps: int,
+        best_step: int,
+        num_tokens: int,
+        remarks: Mapping[str, Any] | None = None,
+    ) -> Finished:
+        """Commit the adapter as the job's result. The adapter and its manifest must be stored already.
+
+        `remarks` go into the record: what a reader must know of how it was trained.
+        """
         before = self.lease.body["checkpoint"]
         _, chunks = self._write_chunk()
         body: dict[str, Any] = {
@@ -120,7 +131,7 @@ class Attempt:
             **self._effort(),
         }
         record = f"{self.prefix}record.json"
-        self.store.put(record, encode_record(RECORD_FORMAT, self._record() | body | {"chunks": chunks}))
+        self.store.put(record, encode_record(RECORD_FORMAT, self._record() | dict(remarks or {}) | body | {"chunks": chunks}))
         crashpoint("record-written", self.job.job_id)
         self.lease.release({**body, "record": record, "chunks": chunks, "checkpoint": None})
         self.close()

@@ -1,48 +1,44 @@
-"""A host: one process, one resident base, and the jobs it trains, one step at a time.
+"""A host: one process, one resident base, and the jobs it trains in one pack, pass by pass.
 
-`admit / step / evict / report` is the whole interface: whoever holds a host (the task in `host_task`, a test) decides when.
-Every job is an attempt with its own claim; nothing of one job reaches another.
+`admit / step / decide / evict / report` is the whole interface: whoever holds a host (the task in `host_task`, a test) decides
+when. Every job is an attempt with its own claim and seat (`host_seat`); which of them share a pass, and what a failed pass
+means, is `host_passes`' subject. A claim may have to be waited for: claims are taken in threads, and the pack goes on meanwhile.
 """
 
 import logging
-import math
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
-from torch import Tensor
 
 from infra.claims import Owner
-from infra.crashpoints import crashpoint
-from infra.errors import BadInput, ClaimHeld, ClaimLost, LorafleetError, ServiceUnavailable, WrongBase
+from infra.errors import ClaimLost, LorafleetError, ServiceUnavailable
 from infra.storage import Storage
-from infra.tracking import Point
-from workers.adapter import build_adapter
-from workers.adapter_store import load_adapter, manifest_body, store_adapter
 from workers.attempt import Attempt
-from workers.bases import materialise
-from workers.checkpoint import Checkpoint
-from workers.data.contract import prompt_contract
-from workers.data.render import Renderer
-from workers.data.rows import Row
-from workers.data.store import load_rows
-from workers.data.tokenizer import load_tokenizer
-from workers.engine.lora import scale_of
-from workers.engine.resident import ResidentBase, has_effect
-from workers.engine.training import StepResult, Training
-from workers.evaluate import answer_metrics, answer_rows
+from workers.engine.bank import rank_bucket
+from workers.engine.pack import Pack
+from workers.engine.resident import ResidentBase
+from workers.engine.training import shape_of_adapter
+from workers.host_inputs import HostInputs, Inputs
+from workers.host_passes import Passes
+from workers.host_reasons import reason_not_begun, reason_of
+from workers.host_seat import Seat, status_of
 from workers.job import Job
 from workers.job_state import is_asked_to_cancel
-from workers.loading import load_model
-from workers.report import Evaluated, Finished, JobEvent, JobStatus, Progress
+from workers.memory import Memory, bank_bytes, is_out_of_memory, shape_of
+from workers.packing import CPU_TOKENS, CUDA_TOKENS
+from workers.report import Finished, HostEvent
+from workers.residency import Residency, residency_of
 
 log = logging.getLogger(__name__)
-PROGRESS_SECONDS = 0.25
 CANCEL_LOOK_SECONDS = 2.0
-"""Time between two looks into the store for a request to cancel, at least."""
+"""Time between two looks into the store for requests to cancel, at least."""
+CLAIM_PATIENCE_SECONDS = 0.25
+"""How long `admit` waits for a job's claim; one that takes longer is seated by a later `step`."""
 
 
 class Host(Protocol):
@@ -54,11 +50,17 @@ class Host(Protocol):
         ...
 
     def admit(self, job: Job) -> None:
-        """Take a job in; what is wrong with it is reported as its end, not raised."""
+        """Take a job in; what is wrong with it is reported as its end, not raised.
+
+        One whose base is another than the resident one, or that finds no memory beside the others, waits until they have left.
+        """
         ...
 
     def step(self) -> bool:
-        """Do the next piece of work; False if there is none (no job, or all wait for an answer)."""
+        """Do the next pass and what is due after it; False if there is nothing to do (no job, or all wait for an answer).
+
+        Raises HostBroken if no job can be trained here any more.
+        """
         ...
 
     def decide(self, job_id: str, go: bool) -> None:
@@ -69,7 +71,7 @@ class Host(Protocol):
         """End a job here: "preempted" (after a checkpoint) or "cancelled"."""
         ...
 
-    def report(self) -> list[JobEvent]:
+    def report(self) -> list[HostEvent]:
         """Return what happened since the last call."""
         ...
 
@@ -78,294 +80,315 @@ class Host(Protocol):
         ...
 
 
-@dataclass
-class _Seat:
-    """A job in training and what belongs to it."""
+@dataclass(eq=False)
+class _Arrival:
+    """A job that has been admitted and has no seat yet."""
 
     job: Job
-    attempt: Attempt
-    training: Training
-    renderer: Renderer
-    validation: list[Row]
-    waits: bool = False
-    reported: float = field(default=0.0)
-    tokens_since_report: int = 0
+    claim: "Future[Attempt | Finished]"
+    evicted: str | None = None
+    """How it was asked to end meanwhile."""
+
+
+@dataclass(frozen=True)
+class _Loaded:
+    """The resident base, and the pack that trains on it."""
+
+    residency: Residency
+    base: ResidentBase
+    pack: Pack
+    memory: Memory
+    passes: Passes
 
 
 class EngineHost:
-    """The host over the engine: one seat, filled by one job at a time."""
+    """The host over the packed engine. Jobs that are seated share one base; `slots` of them at most."""
 
-    def __init__(self, store: Storage, cache_dir: Path, *, lease_seconds: float, device: str = "cpu") -> None:
-        self._store, self._cache_dir, self._lease_seconds, self._device = store, cache_dir, lease_seconds, device
+    def __init__(
+        self,
+        store: Storage,
+        cache_dir: Path,
+        *,
+        lease_seconds: float,
+        device: str = "cpu",
+        slots: int = 16,
+        name: str = "host",
+        memory_limit_bytes: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        """`memory_limit_bytes` bounds base, banks and passes together (None: what the device has), `max_tokens` each pass."""
+        self._store, self._lease_seconds, self._slots, self._name = store, lease_seconds, slots, name
+        self._device, self._memory_limit_bytes, self._max_tokens = device, memory_limit_bytes, max_tokens
+        self._inputs = HostInputs(store, cache_dir, device)
         self._owner = Owner.here()
-        self._base: ResidentBase | None = None
-        self._residency: tuple[str, str, str] | None = None
-        self._path = Path()
-        self._seat: _Seat | None = None
-        self._events: list[JobEvent] = []
+        self._claims = ThreadPoolExecutor(slots, "claim")
+        self._loaded: _Loaded | None = None
+        self._line: list[_Arrival] = []
+        self._seats: list[Seat] = []
+        self._tried_alone: set[str] = set()
+        self._events: list[HostEvent] = []
         self._looked = time.monotonic()
 
     @property
     def num_free(self) -> int:
-        return 0 if self._seat else 1
+        return max(0, self._slots - len(self._seats) - len(self._line))
 
-    def report(self) -> list[JobEvent]:
+    def report(self) -> list[HostEvent]:
         events, self._events = self._events, []
         return events
 
     def admit(self, job: Job) -> None:
-        try:
-            begun = Attempt.begin(self._store, job, self._owner, self._lease_seconds)
-        except LorafleetError as error:
-            self._events.append(Finished(job.job_id, "failed", f"{_word_of(error)}: {error}"))
-            return
-        if isinstance(begun, Finished):
-            self._events.append(begun)
-            return
-        self._guarded(begun, lambda: self._take_seat(job, begun))
-
-    def _take_seat(self, job: Job, attempt: Attempt) -> None:
-        torch.set_num_threads(job.spec.resources.num_threads)
-        base = self._resident(job)
-        seat = self._prepare(job, attempt, base)
-        checkpoint = attempt.last_checkpoint()
-        self._seat = seat
-        if checkpoint is not None:
-            seat.training.restore(checkpoint.vectors, checkpoint.standing)
-            crashpoint("job-resumed", f"{job.job_id} {seat.training.step}")
-            self._tell_again(seat)
-
-    def _resident(self, job: Job) -> ResidentBase:
-        """Return the job's base, loading it unless it is here already."""
-        residency = (job.base.base_id, job.base.training_view, job.base.prompt_contract)
-        if self._base is None or self._residency != residency:
-            self._base, self._residency = None, None
-            self._path = materialise(job.base.base_id, Path(job.base.path), self._store, self._cache_dir)
-            self._check_prompt_contract(job)
-            self._base = ResidentBase(load_model(self._path, job.spec.base_model, device=self._device))
-            self._residency = residency
-        return self._base
-
-    def _check_prompt_contract(self, job: Job) -> None:
-        """The base's id does not cover its tokenizer: refuse a folder that renders rows otherwise than they were resolved."""
-        present = prompt_contract(self._path)
-        if present != job.base.prompt_contract:
-            raise WrongBase(
-                f"the tokenizer or chat template in {self._path} is not the one the job was resolved with "
-                f"({present[:12]}, not {job.base.prompt_contract[:12]}); restore the folder, or ask for the job anew."
-            )
-
-    def _prepare(self, job: Job, attempt: Attempt, base: ResidentBase) -> _Seat:
-        renderer = Renderer(load_tokenizer(self._path), job.spec.training.max_length, context_length=base.context_length)
-        train = renderer.render_all(load_rows(self._store, job.tenant, job.train.digest))
-        rows = load_rows(self._store, job.tenant, job.validation.digest) if job.validation else []
-        validation = renderer.render_all(rows) if rows else []
-        init = None
-        if job.init_adapter_id is not None:
-            init = self._initial_tensors(job)
-        training = Training(
-            base,
-            job.spec.peft,
-            job.spec.training,
-            train,
-            validation,
-            init=init,
-            validation_bytes=renderer.target_bytes(validation),
-        )
-        return _Seat(job, attempt, training, renderer, rows)
-
-    def _initial_tensors(self, job: Job) -> dict[str, Tensor]:
-        """Return the weights a job continues from. Raises BadInput if they would be scaled otherwise: the adapter would jump."""
-        assert job.init_adapter_id is not None
-        peft = job.spec.peft
-        adapter = load_adapter(self._store, job.tenant, job.base.base_id, job.init_adapter_id).adapter
-        wanted = scale_of(peft.lora_alpha, peft.r, peft.use_rslora)
-        for module in adapter.modules:
-            if not math.isclose(adapter.scale(module), wanted, rel_tol=1e-6):
-                raise BadInput(
-                    f"the initial adapter scales its update by {adapter.scale(module):g}, and peft asks for {wanted:g}; "
-                    "give peft.r, lora_alpha and use_rslora what that adapter has."
-                )
-        return adapter.tensors
-
-    def _tell_again(self, seat: _Seat) -> None:
-        """Repeat the evaluation that the checkpoint ends with: its answer may have been lost with the attempt before."""
-        standing = seat.training.standing
-        if standing.last_evaluated == standing.step and standing.last_metrics is not None and not seat.training.is_done:
-            self._events.append(Evaluated(seat.job.job_id, standing.step, dict(standing.last_metrics)))
-            seat.waits = True
-
-    def close(self) -> None:
-        """Let go of what is still seated, as a process that ends does: its claim is renewed no longer."""
-        if self._seat is not None:
-            self._seat.attempt.close()
-            self._seat = None
+        claim = self._claims.submit(Attempt.begin, self._store, job, self._owner, self._lease_seconds)
+        self._line.append(_Arrival(job, claim))
+        wait([claim], CLAIM_PATIENCE_SECONDS)
+        self._seat_arrivals()
 
     def step(self) -> bool:
-        seat = self._seat
-        if seat is not None and self._is_asked_to_cancel(seat):
-            self._guarded(seat.attempt, lambda: self._evict(seat, "cancelled"))
+        cancelled = self._look_for_cancels()
+        seated = self._seat_arrivals()
+        ready = [seat for seat in self._seats if seat.may_run]
+        stepped = [seat for seat in self._seats if seat.training.is_done]  # a checkpoint may be that of the last step
+        if ready:
+            stepped += self._advance(ready)
+        self._settle(stepped)
+        self._tell_state()
+        return bool(ready or stepped or seated or cancelled)
+
+    def decide(self, job_id: str, go: bool) -> None:
+        seat = self._seat_of(job_id)
+        if seat is None:
+            return
+        seat.waits = False
+        if not go:
+            self._guarded(seat.attempt, lambda: self._end(seat, lambda: seat.end("stopped")))
+
+    def evict(self, job_id: str, status: str) -> None:
+        for arrival in self._line:
+            if arrival.job.job_id == job_id:
+                arrival.evicted = status
+        self._seat_arrivals()
+        seat = self._seat_of(job_id)
+        if seat is not None:
+            self._guarded(seat.attempt, lambda: self._end(seat, lambda: seat.leave(status)))
+
+    def close(self) -> None:
+        """Let go of what is here, as a process that ends does: its claims are renewed no longer."""
+        for seat in self._seats:
+            seat.attempt.close()
+        for arrival in self._line:
+            arrival.claim.add_done_callback(_let_go)
+        self._claims.shutdown(wait=False, cancel_futures=True)
+        self._seats, self._line, self._loaded = [], [], None
+
+    def _seat_of(self, job_id: str) -> Seat | None:
+        return next((seat for seat in self._seats if seat.job.job_id == job_id), None)
+
+    # Arriving.
+
+    def _seat_arrivals(self) -> bool:
+        """Seat those whose claim is there and who find room; tell whether anybody left the line."""
+        before = len(self._line)
+        for arrival in list(self._line):
+            if arrival.claim.done() and self._receive(arrival):
+                self._line.remove(arrival)
+        return len(self._line) < before
+
+    def _receive(self, arrival: _Arrival) -> bool:
+        """Seat a job, or tell why it will not be; False if it has to wait."""
+        job_id = arrival.job.job_id
+        try:
+            begun = arrival.claim.result()
+        except Exception as error:  # a store that does not answer, a claim that is held, a state that cannot be read
+            self._events.append(Finished(job_id, "failed", reason_not_begun(error)))
             return True
-        if seat is None or seat.waits:
+        if isinstance(begun, Finished):
+            self._events.append(begun)
+            return True
+        if arrival.evicted is not None:
+            status = status_of(arrival.evicted)
+            return self._guarded(begun, lambda: self._events.append(begun.end(status)))
+        if self._seats and (self._loaded is None or self._loaded.residency != residency_of(arrival.job)):
             return False
-        self._guarded(seat.attempt, lambda: self._advance(seat))
+        return self._guarded(begun, lambda: self._take_seat(arrival.job, begun))
+
+    def _take_seat(self, job: Job, attempt: Attempt) -> bool:
+        """Seat a job that shares the resident base; False if it finds no memory beside those who are seated."""
+        loaded = self._load(job)
+        inputs = self._inputs.read(job, loaded.base)
+        if not self._fits(job, inputs, loaded):
+            if self._seats:
+                return False
+            raise torch.OutOfMemoryError(f"the job {job.job_id} does not fit into an empty host")
+        try:
+            seat = self._join(job, attempt, inputs, loaded)
+        except Exception as error:
+            if self._seats and is_out_of_memory(error):
+                return False
+            raise
+        self._seats.append(seat)
+        loaded.passes.change(self._seats)
+        seat.resume()
         return True
 
-    def _is_asked_to_cancel(self, seat: _Seat) -> bool:
-        """Look into the store now and then for a request that a person left there."""
+    def _load(self, job: Job) -> _Loaded:
+        """Return the job's base with its pack, loading it unless it is here already."""
+        residency = residency_of(job)
+        if self._loaded is None or self._loaded.residency != residency:
+            self._loaded = None
+            torch.set_num_threads(residency.num_threads)
+            base = self._inputs.load_base(job)
+            pack, memory = Pack(base), Memory(shape_of(base.model), base.device, self._memory_limit_bytes)
+            first_tokens = CPU_TOKENS if base.device.type == "cpu" else CUDA_TOKENS
+            self._loaded = _Loaded(
+                residency, base, pack, memory, Passes(self._name, pack, memory, first_tokens, self._max_tokens)
+            )
+        return self._loaded
+
+    def _fits(self, job: Job, inputs: Inputs, loaded: _Loaded) -> bool:
+        """Tell whether banks for one more and at least its longest row have room."""
+        ranks, _ = shape_of_adapter(loaded.base, job.spec.peft)
+        layers = [(rank_bucket(r), loaded.base.layers[name]) for name, r in ranks.items()]
+        needed = bank_bytes(sum(r * (layer.in_features + layer.out_features) for r, layer in layers))
+        checkpointing = job.spec.training.gradient_checkpointing
+        fits = loaded.memory.tokens_that_fit(loaded.pack.bytes_in_use(), needed, checkpointing=checkpointing)
+        return fits >= inputs.longest
+
+    def _join(self, job: Job, attempt: Attempt, inputs: Inputs, loaded: _Loaded) -> Seat:
+        training = loaded.pack.join(
+            job.spec.peft,
+            job.spec.training,
+            inputs.train,
+            inputs.validation,
+            init=self._inputs.initial_tensors(job, loaded.base),
+            validation_bytes=inputs.renderer.target_bytes(inputs.validation),
+            num_labels=len(job.labels),
+        )
+        alone = job.job_id in self._tried_alone
+        return Seat(job, attempt, training, inputs.renderer, inputs.validation_rows, self._tell, alone)
+
+    # Training.
+
+    def _advance(self, ready: Sequence[Seat]) -> list[Seat]:
+        """Run one pass; return those whose optimiser step it completed and who are seated still."""
+        assert self._loaded is not None
+        outcome = self._loaded.passes.advance(ready)
+        for seat, result in outcome.done.items():
+            self._guarded(seat.attempt, lambda seat=seat, result=result: seat.take_step(result))  # type: ignore[misc]
+            if seat.training.has_diverged:
+                self._guarded(seat.attempt, lambda seat=seat: self._end(seat, seat.diverge))  # type: ignore[misc]
+        self._take_failures(outcome.failed)
+        return [seat for seat in outcome.done if seat in self._seats]
+
+    def _settle(self, stepped: Sequence[Seat]) -> None:
+        """Do what is due after a step: evaluations, all at once; then checkpoints and ends."""
+        due = [seat for seat in stepped if seat.training.evaluation_is_due]
+        evaluated: set[Seat] = set()
+        if due:
+            assert self._loaded is not None
+            outcome = self._loaded.passes.evaluate(due)
+            for seat, metrics in outcome.done.items():
+                seat.take_evaluation(metrics)
+            self._take_failures(outcome.failed)
+            evaluated = set(outcome.done)
+        for seat in stepped:
+            if seat in self._seats:
+                self._guarded(seat.attempt, lambda seat=seat: self._conclude(seat, seat in evaluated))  # type: ignore[misc]
+
+    def _conclude(self, seat: Seat, evaluated: bool) -> None:
+        if seat.training.is_done:
+            self._end(seat, lambda: seat.finish(self._store))
+            return
+        if evaluated or seat.training.checkpoint_is_due:
+            seat.save()
+        seat.waits = evaluated
+
+    def _take_failures(self, failed: dict[Seat, Exception]) -> None:
+        """End the jobs that a pass failed for; one that is poisoned is tried once more first, alone, from its last checkpoint."""
+        for seat, error in failed.items():
+            job_id = seat.job.job_id
+            if is_out_of_memory(error) or isinstance(error, LorafleetError) or job_id in self._tried_alone:
+                self._fail(seat.attempt, error)
+                continue
+            log.warning("job %s raised in its pack (%s) and is tried once more, alone", job_id, error)
+            self._tried_alone.add(job_id)
+            self._guarded(seat.attempt, lambda seat=seat: self._seat_anew(seat))  # type: ignore[misc]
+
+    def _seat_anew(self, seat: Seat) -> None:
+        seat.attempt.end("preempted", "a pass with it raised; it is tried once more, alone")
+        self._clear(seat.attempt)
+        self.admit(seat.job)
+
+    def _look_for_cancels(self) -> bool:
+        """Look into the store now and then for requests that people left there; tell whether there was one."""
         now = time.monotonic()
         if now - self._looked < CANCEL_LOOK_SECONDS:
             return False
         self._looked = now
+        asked = [seat for seat in self._seats if self._is_asked_to_cancel(seat)]
+        for seat in asked:
+            self._guarded(seat.attempt, lambda seat=seat: self._end(seat, lambda: seat.leave("cancelled")))  # type: ignore[misc]
+        return bool(asked)
+
+    def _is_asked_to_cancel(self, seat: Seat) -> bool:
         job = seat.job
         return is_asked_to_cancel(self._store, job.tenant, job.base.base_id, job.job_id, seat.attempt.lease.epoch)
 
-    def _advance(self, seat: _Seat) -> None:
-        """One optimiser step and what is due after it: evaluation, checkpoint, the end."""
-        training = seat.training
-        if not training.is_done:
-            result = training.train_step()
-            crashpoint("step-done", f"{seat.job.job_id} {result.step}")
-            seat.attempt.note(_points_of(result))
-            self._tell_progress(seat, result)
-            if training.has_diverged:
-                self._end(seat, "failed", "non_finite: loss or gradient was not finite in 5 steps in a row; lower learning_rate.")
-                return
-        evaluated = training.evaluation_is_due
-        if evaluated:
-            self._evaluate(seat)
-        if training.is_done:
-            self._finish(seat)
-            return
-        if evaluated or training.checkpoint_is_due:
-            self._events.append(seat.attempt.save(Checkpoint(*training.state()), training.step))
-        seat.waits = evaluated
+    def _tell_state(self) -> None:
+        if self._loaded is not None and (state := self._loaded.passes.state(self._seats)) is not None:
+            self._events.append(state)
 
-    def _evaluate(self, seat: _Seat) -> None:
-        metrics = seat.training.evaluate()
-        seat.attempt.note(_points(metrics, seat.training.step))
-        self._events.append(Evaluated(seat.job.job_id, seat.training.step, metrics, final=seat.training.is_done))
+    def _tell(self, event: HostEvent) -> None:
+        self._events.append(event)
 
-    def _finish(self, seat: _Seat) -> None:
-        """Store the kept weights as an adapter, its manifest after it, and commit the job."""
-        training, job = seat.training, seat.job
-        tensors, metrics = training.kept_tensors(), training.kept_metrics()
-        training.bank.load(tensors)
-        if not has_effect(training.base, training.bank.factors, training.train[0]):
-            self._end(seat, "failed", "no_effect: the trained adapter does not change the base's logits; raise learning_rate.")
-            return
-        metrics |= self._answer_metrics(seat)
-        seat.attempt.note(_points({f"final/{name}": value for name, value in metrics.items()}, training.step))
-        adapter = build_adapter(job.spec.peft, training.base.model, tensors, job.spec.base_model.name_or_path)
-        adapter_id = store_adapter(self._store, job.tenant, job.base.base_id, adapter, manifest_body(job, metrics))
-        standing = training.standing
-        best_step = standing.best_step if training.keeps_best else standing.step
-        self._events.append(seat.attempt.succeed(adapter_id, metrics, standing.step, best_step, standing.num_tokens))
-        self._seat = None
+    # Ending.
 
-    def _answer_metrics(self, seat: _Seat) -> dict[str, float]:
-        """Exact match and format validity of the kept weights on the first validation rows, where the job asks for them."""
-        evaluation = seat.job.spec.evaluation
-        if not evaluation.generate or not seat.validation:
-            return {}
-        base = seat.training.base
-        base.switch(seat.training.bank.factors)
-        rows = seat.validation[: evaluation.generate]
-        answers = answer_rows(base, seat.renderer, rows, evaluation.max_new_tokens)
-        base.switch({})
-        return answer_metrics(answers, evaluation.format_pattern)
+    def _end(self, seat: Seat, commit: Callable[[], Finished]) -> None:
+        self._note_end(commit())
+        self._clear(seat.attempt)
 
-    def decide(self, job_id: str, go: bool) -> None:
-        seat = self._seat
-        if seat is None or seat.job.job_id != job_id:
-            return
-        seat.waits = False
-        if not go:
-            self._guarded(seat.attempt, lambda: self._end(seat, "stopped", ""))
+    def _clear(self, attempt: Attempt) -> None:
+        """Free the seat of an attempt that has ended, if it has one; nobody else notices."""
+        for seat in [seat for seat in self._seats if seat.attempt is attempt]:
+            self._seats.remove(seat)
+            assert self._loaded is not None
+            self._loaded.pack.leave(seat.training)
+            self._loaded.passes.change(self._seats)
 
-    def evict(self, job_id: str, status: str) -> None:
-        seat = self._seat
-        if seat is None or seat.job.job_id != job_id:
-            return
-        self._guarded(seat.attempt, lambda: self._evict(seat, status))
-
-    def _evict(self, seat: _Seat, status: str) -> None:
-        if status == "preempted" and seat.training.step > 0:
-            self._events.append(seat.attempt.save(Checkpoint(*seat.training.state()), seat.training.step))
-        self._end(seat, "preempted" if status == "preempted" else "cancelled", "")
-
-    def _end(self, seat: _Seat, status: JobStatus, reason: str) -> None:
-        steps, tokens = seat.training.step, seat.training.standing.num_tokens
-        self._events.append(seat.attempt.end(status, reason, num_steps=steps, num_tokens=tokens))
-        self._seat = None
-
-    def _tell_progress(self, seat: _Seat, result: StepResult) -> None:
-        now = time.monotonic()
-        seat.tokens_since_report += result.num_tokens
-        if now - seat.reported < PROGRESS_SECONDS and not seat.training.is_done:
-            return
-        rate = seat.tokens_since_report / (now - seat.reported) if seat.reported else result.num_tokens / result.seconds
-        seat.reported, seat.tokens_since_report = now, 0
-        tokens = seat.training.standing.num_tokens
-        self._events.append(Progress(seat.job.job_id, result.step, seat.training.num_steps, result.loss, rate, tokens))
-
-    def _guarded(self, attempt: Attempt, work: Callable[[], None]) -> None:
+    def _guarded(self, attempt: Attempt, work: Callable[[], bool | None]) -> bool:
         """Do a piece of one job's work; whatever goes wrong ends that job with its reason and nothing else.
 
-        Store and claim failures end it here without a word in the state: the next epoch goes on from the last checkpoint.
+        Returns what the work does (None counts as True), and True for a job that was ended: it has nothing more to wait for.
         """
         try:
-            work()
-        except ClaimLost as lost:
-            self._drop(attempt, f"claim_lost: {lost}")
-        except BadInput as error:
-            self._fail(attempt, f"bad_input: {error}")
-        except torch.OutOfMemoryError:
-            self._fail(attempt, "out_of_memory: the job does not fit; lower per_device_train_batch_size, max_length or r.")
-        except ServiceUnavailable as error:
-            self._drop(attempt, f"store: {error}")
-        except Exception as error:  # a defect of ours or of a library must not take the host's other jobs with it
-            log.exception("job %s failed", attempt.job.job_id)
-            self._fail(attempt, f"error: {type(error).__name__}: {error}")
+            return work() is not False
+        except Exception as error:
+            if not isinstance(error, LorafleetError) and not is_out_of_memory(error):
+                log.exception("job %s failed", attempt.job.job_id)
+            self._fail(attempt, error)
+            return True
 
-    def _fail(self, attempt: Attempt, reason: str) -> None:
-        try:
-            self._events.append(attempt.end("failed", reason))
-        except LorafleetError as error:
-            self._drop(attempt, f"{reason} (and it could not be recorded: {error})")
-        self._seat = None
+    def _fail(self, attempt: Attempt, error: Exception) -> None:
+        """End a job for what went wrong.
 
-    def _drop(self, attempt: Attempt, reason: str) -> None:
+        Store and claim failures end it here without a word in its state: the next epoch goes on from the last checkpoint.
+        """
+        reason = reason_of(error)
+        ended = Finished(attempt.job.job_id, "failed", reason)
+        if not isinstance(error, ClaimLost | ServiceUnavailable):
+            try:
+                ended = attempt.end("failed", reason)
+            except LorafleetError as unrecorded:
+                ended = Finished(attempt.job.job_id, "failed", f"{reason} (and it could not be recorded: {unrecorded})")
         attempt.close()
-        self._events.append(Finished(attempt.job.job_id, "failed", reason))
-        self._seat = None
+        self._note_end(ended)
+        self._clear(attempt)
+
+    def _note_end(self, ended: Finished) -> None:
+        self._tried_alone.discard(ended.job_id)
+        self._events.append(ended)
 
 
-def _word_of(error: LorafleetError) -> str:
-    """Why a job was not begun, as the first word of its reason (see `fleet.after_failure`)."""
-    match error:
-        case ClaimHeld():
-            return "held"
-        case ClaimLost():
-            return "claim_lost"
-        case ServiceUnavailable():
-            return "store"
-        case _:
-            return "error"
-
-
-def _points(metrics: Mapping[str, float], step: int) -> list[Point]:
-    now = int(time.time() * 1000)
-    return [Point(name, value, step, now) for name, value in metrics.items()]
-
-
-def _points_of(result: StepResult) -> list[Point]:
-    return _points(
-        {
-            "train/loss": result.loss,
-            "train/gradient_norm": result.gradient_norm,
-            "train/learning_rate": result.learning_rate,
-            "train/skipped": float(result.skipped),
-        },
-        result.step,
-    )
+def _let_go(claim: "Future[Attempt | Finished]") -> None:
+    """Renew a claim no longer that came when its host had closed."""
+    if not claim.cancelled() and claim.exception() is None and isinstance(begun := claim.result(), Attempt):
+        begun.close()

@@ -1,4 +1,4 @@
-"""What a launched host runs: orders in, events out, steps between, until it is told to shut down or its driver is gone.
+"""What a launched host runs: orders in, events out, passes between, until it is told to shut down or its driver is gone.
 
 Light on purpose: the driver imports this module to launch it, and must not load torch for that.
 """
@@ -23,11 +23,25 @@ class HostTask:
     """A picklable task that runs one host over the services it rebuilds where it lands."""
 
     services: Services
+    name: str = "host"
+    device: str = "cpu"
+    """Where torch computes: "cpu", or "cuda" if the launcher gives the task a GPU."""
+    max_tokens: int | None = None
+    """Tokens of a pass at most; None leaves it to what the host measures."""
 
     def __call__(self, channel: Channel) -> None:
         settings = self.services.settings
         engine_host = importlib.import_module("workers.host").EngineHost  # torch is loaded here, in the host's process
-        host: Host = engine_host(self.services.store, self.services.cache_dir, lease_seconds=settings.lease_seconds)
+        host: Host = engine_host(
+            self.services.store,
+            self.services.cache_dir,
+            lease_seconds=settings.lease_seconds,
+            device=self.device,
+            slots=settings.slots_per_host,
+            name=self.name,
+            memory_limit_bytes=settings.memory_limit_bytes,
+            max_tokens=self.max_tokens,
+        )
         try:
             _serve(channel, host)
         finally:

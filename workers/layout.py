@@ -128,6 +128,10 @@ def sweep_stop(tenant_: str, name: str) -> str:
     return f"{sweep(tenant_, name)}stop.json"
 
 
+def sweep_packs(tenant_: str, name: str) -> str:
+    return f"{sweep(tenant_, name)}packs.json"
+
+
 def trials(tenant_: str, name: str) -> str:
     return f"{sweep(tenant_, name)}trials/"
 

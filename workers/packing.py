@@ -1,9 +1,10 @@
 """Who takes part in the next pass, and how large it may be: the packs' policies, pure functions over plain values.
 
 Shares. Deficit round-robin on tokens (Shreedhar & Varghese 1995, "Efficient fair queueing using deficit round robin"): a job is a
-queue whose head is its next micro-batch. Every round credits each job the same quantum, or its micro-batch if that is less; a job whose credit covers its
-micro-batch may take part, and pays for it. Unlike a queue of packets, a job has one micro-batch per pass; and a pass that has
-room left runs further rounds at once, so that no room is wasted. A job that was passed over `MAX_WAIT_PASSES` times goes before everything else, whatever its priority and its length.
+queue whose head is its next micro-batch. Every round credits each job the same quantum, or its micro-batch if that is less; a
+job whose credit covers its micro-batch may take part, and pays for it. Unlike a queue of packets, a job has one micro-batch per
+pass; and a pass that has room left runs further rounds at once, so that no room is wasted. A job that was passed over
+`MAX_WAIT_PASSES` times goes before everything else, whatever its priority and its length.
 
 Budget. A pass grows while tokens per second rise: beyond the knee a larger pass only makes everybody wait longer.
 
@@ -20,7 +21,7 @@ MAX_OWED_ROUNDS = 16
 """Rounds of credit that a job may hoard. Micro-batches seldom fill a pass, so that all are owed ever more: what is owed to
 everybody is forgotten."""
 CPU_TOKENS, CUDA_TOKENS = 2048, 8192
-"""Where the search for the knee begins. On one CPU thread a pass of 2,048 tokens over a base of 1e6 parameters takes about 0.2 s."""
+"""Where the search for the knee begins: below it a pass of a small base is mostly overhead."""
 MIN_GAIN = 1.05
 """Tokens per second must rise by this factor when a pass doubles, or the smaller pass is as good."""
 SAMPLES = 4

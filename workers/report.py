@@ -1,4 +1,4 @@
-"""What hosts tell the driver about jobs, and what it answers. Small frozen values that cross channels."""
+"""What hosts tell the driver about jobs and packs, and what it answers. Small frozen values that cross channels."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -69,7 +69,27 @@ class Finished:
     """True if the job had succeeded before and nothing was trained."""
 
 
+@dataclass(frozen=True)
+class PackState:
+    """What a host trains at the moment; told now and then, for the live view and `sweep status` only."""
+
+    host: str
+    job_ids: tuple[str, ...]
+    """Jobs seated there, whether they wait for an answer or not."""
+    budget_tokens: int
+    """Tokens that a pass may have."""
+    pass_tokens: int
+    """Tokens of the last pass."""
+    tokens_per_second: float
+    """Of all its jobs, since it was told last."""
+    num_passes: int
+    """Since the host started."""
+    told: float
+    """When, in seconds since the epoch: an old one tells of a host that is gone or stuck."""
+
+
 JobEvent = Progress | Evaluated | Checkpointed | Finished
+HostEvent = JobEvent | PackState
 
 
 @dataclass(frozen=True)

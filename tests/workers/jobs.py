@@ -9,7 +9,7 @@ from infra.storage import Storage
 from infra.strict import parse
 from workers.host import EngineHost
 from workers.job import Job
-from workers.report import Evaluated, JobEvent
+from workers.report import Evaluated, Finished, JobEvent, PackState
 from workers.resolve import Resolver
 from workers.spec import JobSpec
 
@@ -57,20 +57,24 @@ class Ground:
     def job(self, **sections: dict[str, Any]) -> Job:
         return self.resolver.resolve(self.spec(**sections))
 
-    def host(self) -> EngineHost:
-        return EngineHost(self.store, self.folder / "cache", lease_seconds=5.0)
+    def host(self, **options: Any) -> EngineHost:
+        return EngineHost(self.store, self.folder / "cache", lease_seconds=5.0, **options)
 
 
-def drive(host: EngineHost, job: Job, *, stop_at: int | None = None) -> list[JobEvent]:
-    """Step a host until the job has ended (or has taken `stop_at` pieces of work), answering go to every evaluation."""
+def drive(host: EngineHost, *jobs: Job, stop_at: int | None = None) -> list[JobEvent]:
+    """Step a host until the jobs have ended (or it has done `stop_at` pieces of work), answering go to every evaluation."""
     events: list[JobEvent] = []
-    done = 0
+    done, open_jobs = 0, {job.job_id for job in jobs}
     while True:
         for event in host.report():
+            if isinstance(event, PackState):
+                continue
             events.append(event)
             if isinstance(event, Evaluated) and not event.final:
-                host.decide(job.job_id, True)
-        if host.num_free or done == stop_at:
-            return events + host.report()
+                host.decide(event.job_id, True)
+            if isinstance(event, Finished):
+                open_jobs.discard(event.job_id)
+        if not open_jobs or done == stop_at:
+            return events
         host.step()
         done += 1
