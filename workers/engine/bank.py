@@ -81,8 +81,8 @@ class Bank:
         """Clean the row and close the gap it leaves; an empty bank gives its memory back."""
         at = row.index
         last = len(self.rows) - 1
-        if at < last:
-            self._store[:, at:last] = self._store[:, at + 1 : last + 1].clone()
+        for index in range(at, last):  # one by one: all at once would need a copy of the bank
+            self._store[:, index].copy_(self._store[:, index + 1])
         self._store[:, last].zero_()
         self.rows.remove(row)
         row.index = -1
@@ -103,8 +103,8 @@ class Bank:
     def _insert(self, row: Row) -> None:
         """Put a row into its place, for which there is room, and clean it."""
         at = next((index for index, other in enumerate(self.rows) if other.order > row.order), len(self.rows))
-        if at < len(self.rows):
-            self._store[:, at + 1 : len(self.rows) + 1] = self._store[:, at : len(self.rows)].clone()
+        for index in range(len(self.rows), at, -1):
+            self._store[:, index].copy_(self._store[:, index - 1])
         self._store[:, at].zero_()
         self.rows.insert(at, row)
         self._number()

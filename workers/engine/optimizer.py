@@ -68,7 +68,11 @@ def clip_of(norm: float, max_grad_norm: float) -> float:
 
 @torch.no_grad()
 def adamw_step(banks: Sequence[Bank], updates: Sequence[Update]) -> None:
-    """Update the weights of the adapters named, by their gradients."""
+    """Update the weights of the adapters named, by their gradients, which are used up: what is left of them has no meaning.
+
+    All memory is taken before anything is written. If it is lacking (torch.OutOfMemoryError), nothing has changed.
+    """
+    parts = []
     for bank in banks:
         own = sorted((update for update in updates if bank in update.rows), key=lambda update: update.rows[bank].index)
         rows = [update.rows[bank].index for update in own]
@@ -76,7 +80,9 @@ def adamw_step(banks: Sequence[Bank], updates: Sequence[Update]) -> None:
             if not bank.region(WEIGHTS, which).numel():
                 continue
             ratios = [update.training.loraplus_lr_ratio if which == "b" else 1.0 for update in own]
-            _update_region([bank.region(kind, which) for kind in range(4)], rows, _numbers(own, ratios, bank))
+            parts.append(_part_of([bank.region(kind, which) for kind in range(4)], rows, _numbers(own, ratios, bank)))
+    for part in parts:
+        part.update()
 
 
 @dataclass(frozen=True)
@@ -114,20 +120,36 @@ def _numbers(updates: Sequence[Update], ratios: Sequence[float], bank: Bank) -> 
     return _Numbers(*table.t()[:, :, None].unbind(0))
 
 
-def _update_region(region: Sequence[Tensor], rows: Sequence[int], numbers: _Numbers) -> None:
-    together = rows[-1] - rows[0] + 1 == len(rows)
+@dataclass(frozen=True)
+class _Part:
+    """The rows of a region that are updated: a slice of it, or copies that go back to where they came from."""
+
+    region: Sequence[Tensor]
+    rows: Sequence[Tensor]
+    where: Tensor | None
+    """Places of copied rows."""
+    numbers: _Numbers
+
+    def update(self) -> None:
+        """Takes no memory."""
+        _adamw(self.rows[WEIGHTS], self.rows[GRADIENTS], self.rows[FIRST_MOMENT], self.rows[SECOND_MOMENT], self.numbers)
+        if self.where is not None:
+            for kind in (WEIGHTS, FIRST_MOMENT, SECOND_MOMENT):
+                self.region[kind].index_copy_(0, self.where, self.rows[kind])
+
+
+def _part_of(region: Sequence[Tensor], rows: Sequence[int], numbers: _Numbers) -> _Part:
+    if rows[-1] + 1 - rows[0] == len(rows):
+        return _Part(region, [kind[rows[0] : rows[-1] + 1] for kind in region], None, numbers)
     where = torch.tensor(rows, device=region[0].device)
-    part = [kind[rows[0] : rows[-1] + 1] if together else kind.index_select(0, where) for kind in region]
-    _adamw(part[WEIGHTS], part[GRADIENTS], part[FIRST_MOMENT], part[SECOND_MOMENT], numbers)
-    if not together:
-        for kind in (WEIGHTS, FIRST_MOMENT, SECOND_MOMENT):
-            region[kind].index_copy_(0, where, part[kind])
+    return _Part(region, [kind.index_select(0, where) for kind in region], where, numbers)
 
 
 def _adamw(w: Tensor, g: Tensor, m: Tensor, v: Tensor, numbers: _Numbers) -> None:
-    g = g * numbers.clip
+    """Update w, m and v in place; g serves as scratch."""
+    g.mul_(numbers.clip)
     w.mul_(numbers.keep)
     m.lerp_(g, numbers.gain1)
     v.mul_(numbers.beta2).add_(g.mul_(g).mul_(numbers.gain2))
-    denominator = v.sqrt().div_(numbers.root).add_(numbers.epsilon)
+    denominator = torch.sqrt(v, out=g).div_(numbers.root).add_(numbers.epsilon)
     w.sub_(torch.div(m, denominator, out=denominator).mul_(numbers.size))

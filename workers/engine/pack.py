@@ -99,14 +99,14 @@ class Pack:
         stream = make_stream(batches, self.base.device, self.base.first_position)
         try:
             sums = self._loss_and_gradient(order, stream, batches)
+            share = (time.perf_counter() - started) / max(1, stream.num_tokens)
+            for training, loss_sum, num_tokens in zip(order, sums, stream.tokens, strict=True):
+                training.add_micro_batch(loss_sum, num_tokens, share * num_tokens)
+            return self._optimise([training for training in order if training.step_is_complete])
         except BaseException:
             for training in order:
                 training.void_step()
             raise
-        share = (time.perf_counter() - started) / max(1, stream.num_tokens)
-        for training, loss_sum, num_tokens in zip(order, sums, stream.tokens, strict=True):
-            training.add_micro_batch(loss_sum, num_tokens, share * num_tokens)
-        return self._optimise([training for training in order if training.step_is_complete])
 
     def evaluate(self, trainings: Sequence[Training]) -> dict[Training, dict[str, float]]:
         """Measure each adapter on its validation rows, all in the same no-grad passes, and count the result in its standing."""

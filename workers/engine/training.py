@@ -127,8 +127,12 @@ class Training:
         self._current: _Step | None = None
         self._rows = _take_rows(banks, self.ranks, num_labels)
         self.member = Member(self._rows, scales, peft.lora_dropout)
-        self._write(WEIGHTS, tensors)
-        self._best = self._read(WEIGHTS)
+        try:
+            self._write(WEIGHTS, tensors)
+            self._best = self._read(WEIGHTS)
+        except BaseException:
+            _give_rows_back(self._rows)
+            raise
 
     @property
     def rows(self) -> Mapping[Bank, Row]:
@@ -253,7 +257,12 @@ class Training:
         return portions
 
     def take_evaluation(self, measured: Measured) -> dict[str, float]:
-        """Take in what the present weights measured: keep them if they are the best, and count towards early stop."""
+        """Take in what the present weights measured: keep them if they are the best, and count towards early stop.
+
+        Counts once per step: an evaluation that is done again (memory ran out for another) changes nothing.
+        """
+        if self.standing.last_metrics is not None and self.standing.last_evaluated == self.step:
+            return dict(self.standing.last_metrics)
         metrics = measured.metrics(self.validation_bytes)
         best = self.standing.best_metrics
         improved = best is None or metrics["eval/loss"] < best["eval/loss"] or math.isnan(best["eval/loss"])
@@ -409,10 +418,14 @@ def _take_rows(banks: Banks, ranks: Mapping[str, int], num_labels: int) -> dict[
             head = banks.head(num_labels)
             rows[head] = head.add()
     except BaseException:
-        for bank, row in rows.items():
-            bank.remove(row)
+        _give_rows_back(rows)
         raise
     return rows
+
+
+def _give_rows_back(rows: Mapping[Bank, Row]) -> None:
+    for bank, row in rows.items():
+        bank.remove(row)
 
 
 def _initial(base: ResidentBase, ranks: Mapping[str, int], num_labels: int, seed: int) -> dict[str, Tensor]:
