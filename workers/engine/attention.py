@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from infra.errors import BadInput
-from workers.engine.attention_kernels import AttentionShape
+from workers.engine.attention_shape import AttentionShape
 from workers.engine.bucketed_attention import bucketed_attention
 from workers.engine.sequences import Sequences
 

@@ -1,23 +1,30 @@
-"""Attention over a stream as one autograd function: gather the rows into buckets, attend in each, scatter back.
+"""Attention over a stream as one autograd function: gather some sequences of a bucket, attend, put their rows back.
 
-The gradient of a gather by an index is an `index_add`; here each way is a gather by the inverse index, since every token of
-a sequence has one row of its own. Which kernel a bucket gets follows from head shape and padded length alone, so a sequence
-meets the same one whoever is in its bucket. Axes: T tokens, H query heads, K key/value heads, D head width.
+Padded rows exist for a few sequences at a time only: they stay in the cache, and nothing of their size is kept or asked of
+the system for each layer. The gradient of a gather by an index would be an `index_add`; since every token has one row of its own,
+it is a copy here. Which kernel sequences get follows from head shape and padded length alone, so a sequence meets the same
+one whoever stands beside it. Axes: T tokens, H query heads, K key/value heads, D head width, C channels (heads times width).
 """
 
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from workers.engine.attention_kernels import NARROW_HEAD, AttentionShape, Backward, attend, attend_backward
+from workers.engine.attention_shape import NARROW_HEAD, AttentionShape
+from workers.engine.blocked_attention import TOKENS_PER_BLOCK, attend, attend_backward
 from workers.engine.flash_attention import flash_attend, flash_attend_backward
-from workers.engine.sequences import Sequences
+from workers.engine.sequences import Bucket, Sequences
 
 BLOCKED_FROM = {"narrow": 64, "grouped": 128, "plain": 256}
-"""Padded length from which explicit blocks beat the fused kernel [tokens]; measured on one core, 8 sequences to a bucket: 0.85 of
+"""Padded length from which explicit blocks beat the fused kernel [tokens]; measured on one core, 8 sequences at a time: 0.85 of
 its time at 64 and 0.55 at 256 tokens for heads of 8, 0.8 at 128 and 0.7 at 256 where heads share keys, 0.9 at 256 else."""
+
+ELEMENTS_AT_A_TIME = 131_072
+"""Scores of a block, or queries of the fused kernel: 512 KiB in float32, half of the second-level cache of common servers."""
 
 
 def bucketed_attention(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, shape: AttentionShape) -> Tensor:
@@ -39,35 +46,62 @@ def uses_blocks(padded: int, query: Tensor, value: Tensor, shape: AttentionShape
     return padded >= BLOCKED_FROM["narrow" if width < NARROW_HEAD else "grouped" if shape.group > 1 else "plain"]
 
 
+@dataclass(frozen=True)
+class _Work:
+    """Some sequences of a bucket, and whether explicit blocks compute them."""
+
+    part: Bucket
+    blocked: bool
+
+
+def _work(query: Tensor, value: Tensor, sequences: Sequences, shape: AttentionShape) -> Iterator[_Work]:
+    for padded in sequences.padded_lengths:
+        blocked = uses_blocks(padded, query, value, shape)
+        elements = padded * shape.num_heads * (TOKENS_PER_BLOCK if blocked else query.shape[3])
+        for part in sequences.parts(padded, max(1, ELEMENTS_AT_A_TIME // elements)):
+            yield _Work(part, blocked)
+
+
 class _BucketedAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, shape: AttentionShape) -> Tensor:
-        rows = [sequences.gather(tensor[0].transpose(0, 1)) for tensor in (query, key, value)]
-        out = sequences.new_rows(query, shape.num_heads, value.shape[3])
+        streams = [tensor[0].transpose(0, 1).flatten(1) for tensor in (query, key, value)]
+        ctx.sequences, ctx.shape, ctx.widths = sequences, shape, [tensor.shape[3] for tensor in (query, key, value)]
+        ctx.work = list(_work(query, value, sequences, shape))
+        out = sequences.new_stream(query, shape.num_heads * value.shape[3])
         sums: list[Tensor | None] = []
-        for bucket in sequences.buckets:
-            query_rows, key_rows, value_rows = (bucket.of(tensor) for tensor in rows)
-            if uses_blocks(bucket.padded, query, value, shape):
-                attend(query_rows, key_rows, value_rows, bucket.of(out), bucket.lengths_N, shape)
-                sums.append(None)
+        for work in ctx.work:
+            query_rows, key_rows, value_rows = _gather(work.part, streams, ctx.widths)
+            if work.blocked:
+                rows, logsumexp = attend(query_rows, key_rows, value_rows, work.part.lengths_N, shape), None
             else:
-                sums.append(flash_attend(query_rows, key_rows, value_rows, bucket.of(out), bucket.lengths_N, shape))
-        ctx.save_for_backward(*rows, out if any(one is not None for one in sums) else None, *sums)
-        ctx.sequences, ctx.shape = sequences, shape
-        return sequences.scatter(out)[None]
+                rows, logsumexp = flash_attend(query_rows, key_rows, value_rows, work.part.lengths_N, shape)
+            work.part.put(out, rows)
+            sums.append(logsumexp)
+        ctx.save_for_backward(*streams, out if any(not work.blocked for work in ctx.work) else None, *sums)
+        return out[:-1].unflatten(1, (shape.num_heads, -1))[None]
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        sequences: Sequences = ctx.sequences
-        query, key, value, out, *sums_of_buckets = ctx.saved_tensors  # read once: activations that are recomputed allow no more
-        rows = (query, key, value)
-        grad_out = sequences.gather_gradient(grad_outputs[0][0])
-        grads = [sequences.new_rows(tensor, *tensor.shape[1:]) for tensor in rows]
-        for bucket, sums in zip(sequences.buckets, sums_of_buckets, strict=True):
-            tensors = Backward(bucket.lengths_N, *(bucket.of(tensor) for tensor in (*rows, grad_out, *grads)))
-            if sums is None:
-                attend_backward(tensors, ctx.shape)
+        query, key, value, out, *sums = ctx.saved_tensors  # read once: more is an error where activations are recomputed
+        grad_out, shape = grad_outputs[0][0].flatten(1), ctx.shape
+        grads = [ctx.sequences.new_stream(stream, stream.shape[1]) for stream in (query, key, value)]
+        for work, logsumexp in zip(ctx.work, sums, strict=True):
+            part, width = work.part, ctx.widths[2]
+            query_rows, key_rows, value_rows = _gather(part, (query, key, value), ctx.widths)
+            grad_rows = part.gather_gradient(grad_out).unflatten(2, (-1, width))
+            given = (query_rows, key_rows, value_rows, part.lengths_N, shape)
+            if work.blocked:
+                found = attend_backward(*given, grad_rows)
             else:
-                flash_attend_backward(tensors, bucket.of(out), sums, ctx.shape)
-        return *(sequences.scatter(tensor).transpose(0, 1)[None] for tensor in grads), None, None
+                found = flash_attend_backward(*given, part.gather(out).unflatten(2, (-1, width)), logsumexp, grad_rows)
+            for grad, rows in zip(grads, found, strict=True):
+                part.put(grad, rows)
+        by_head = (grad[:-1].unflatten(1, (-1, width)) for grad, width in zip(grads, ctx.widths, strict=True))
+        return *(grad.transpose(0, 1)[None] for grad in by_head), None, None
+
+
+def _gather(part: Bucket, streams: Sequence[Tensor], widths: Sequence[int]) -> list[Tensor]:
+    """Return the part's rows [N, P, heads, width] of each stream."""
+    return [part.gather(stream).unflatten(2, (-1, width)) for stream, width in zip(streams, widths, strict=True)]
