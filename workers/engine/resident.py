@@ -96,6 +96,7 @@ class ResidentBase:
         """Recompute each block's activations in the backward pass while this is open, if `on`."""
         if on:
             self.model.activation_checkpointing_enable({"use_reentrant": False})
+            self.model.disable_input_require_grads()  # enabling hooks itself to the embeddings, each time once more, for good
             self.model.train()  # transformers recomputes in training mode only
         try:
             yield
