@@ -150,6 +150,8 @@ class LoraBank(Bank):
         key = (kind, "a", names)
         if key not in self._views:
             start, inputs = self._columns.a[names[0]], self.shapes[names[0]].in_features
+            starts = [start + number * self.rank * inputs for number in range(len(names))]
+            assert [self._columns.a[name] for name in names] == starts, f"{names} do not stand side by side"
             self._views[key] = self._view(kind, start, (len(names) * self.rank, inputs))
         return self._views[key]
 

@@ -221,22 +221,28 @@ def _parts(
     """Cut a group into runs of linears, each with the adapters that have exactly that run in this bank."""
     fused = not drops and are_adjacent(bank.rank, shapes[group[0]].in_features)
     own = [(number, member.rows[bank]) for number, member in enumerate(members) if bank in member.rows]
+    model_order = {name: place for place, name in enumerate(shapes)}
+    neighbours = [place for place in range(1, len(group)) if model_order[group[place]] == model_order[group[place - 1]] + 1]
     found: dict[tuple[int, ...], list[int]] = {}
     # In the order of rows, which is not that of the stream where adapters have rows in several banks.
     for number, row in sorted(own, key=lambda one: one[1].index):
         if (members[number].dropout > 0.0) != drops:
             continue
-        for run in _runs([place for place, name in enumerate(group) if name in row.ranks], fused):
+        for run in _runs([place for place, name in enumerate(group) if name in row.ranks], neighbours if fused else ()):
             found.setdefault(run, []).append(number)
     # In the order of places: an adapter's updates are summed in an order of its own, whoever came first.
     return [Part.of(bank, group, run, who, members, drops) for run, who in sorted(found.items())]
 
 
-def _runs(places: Sequence[int], fused: bool) -> list[tuple[int, ...]]:
-    """Cut places into runs of neighbours; each alone if they are not to be `fused`."""
+def _runs(places: Sequence[int], neighbours: Sequence[int]) -> list[tuple[int, ...]]:
+    """Cut places into runs; those of `neighbours` go on with the run of the place before them, if it is there.
+
+    A bank holds layers in the model's order. Some models call them in another one (OPT: query first, key and value before it in
+    the model), and then they do not stand side by side.
+    """
     runs: list[list[int]] = []
     for place in places:
-        if fused and runs and runs[-1][-1] == place - 1:
+        if runs and place in neighbours and runs[-1][-1] == place - 1:
             runs[-1].append(place)
         else:
             runs.append([place])
