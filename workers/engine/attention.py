@@ -9,7 +9,6 @@ computed exactly (`bucketed_attention`): what a kernel sees depends on the seque
 PyTorch's variable-length kernel. Axes: T tokens, H query heads, K key/value heads (K divides H), D head width.
 """
 
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -53,10 +52,6 @@ class AttentionPlan:
         finally:
             self._lengths, self._sequences = before
 
-    @property
-    def is_open(self) -> bool:
-        return self._lengths is not None
-
     def buckets(self, total: int, device: torch.device) -> Sequences:
         """Return the buckets of the pass, made at its first attention call."""
         assert self._lengths is not None, "attention outside of `sequences`"
@@ -66,48 +61,29 @@ class AttentionPlan:
         return self._sequences
 
 
-class _ThreadPlan(threading.local):
-    """The plan of a thread, for models that hold none."""
-
-    def __init__(self) -> None:
-        self.plan = AttentionPlan()
-
-
-_thread = _ThreadPlan()
-
-
 def install_attention(model: PreTrainedModel) -> AttentionPlan:
     """Let `model` attend to streams from now on; return what is told where their sequences lie."""
+    model.set_attn_implementation(STREAM_ATTENTION)
+    return hold_plan(model)
+
+
+def hold_plan(model: nn.Module) -> AttentionPlan:
+    """Give every module of `model` a new plan to attend by, and return it."""
     plan = AttentionPlan()
     for module in model.modules():
         setattr(module, _PLAN, plan)
-    model.set_attn_implementation(STREAM_ATTENTION)
     return plan
-
-
-@contextmanager
-def sequences_of(lengths: Sequence[int]) -> Iterator[None]:
-    """Set the lengths of the sequences for models of this thread that hold no plan; as AttentionPlan.sequences."""
-    with _thread.plan.sequences(lengths):
-        yield
 
 
 @contextmanager
 def padded_attention(model: PreTrainedModel) -> Iterator[None]:
     """Let the model attend as it was made to (padded rows and a cache), which generation needs."""
-    model.set_attn_implementation("sdpa")
+    caps = getattr(model.config, "attn_logit_softcapping", None) is not None
+    model.set_attn_implementation("eager" if caps else "sdpa")  # PyTorch's kernel has no cap, and leaves it out silently
     try:
         yield
     finally:
         model.set_attn_implementation(STREAM_ATTENTION)
-
-
-def first_position(model: nn.Module) -> int:
-    """Return the position of a sequence's first token: 0, but behind the padding's where positions have one (RoBERTa)."""
-    for name, module in model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return int(module.padding_idx) + 1
-    return 0
 
 
 def stream_attention(
@@ -140,7 +116,8 @@ def stream_attention(
         window=sliding_window,
         softcap=softcap,
     )
-    sequences = _plan_of(module).buckets(query.shape[2], query.device)
+    plan: AttentionPlan = getattr(module, _PLAN)
+    sequences = plan.buckets(query.shape[2], query.device)
     if _has_varlen_kernel(query, value, shape):
         return _varlen(query, key, value, sequences, shape), None
     return bucketed_attention(query, key, value, sequences, shape), None
@@ -151,11 +128,6 @@ def _refuse_unknown(causal: bool, window: int | None, kwargs: dict[str, Any]) ->
         raise BadInput("the base's attention uses sinks ('s_aux'), which cannot be trained yet; use a base without them.")
     if window is not None and not causal:
         raise BadInput("the base looks both ways through a sliding window, which cannot be trained yet; use a base without one.")
-
-
-def _plan_of(module: nn.Module) -> AttentionPlan:
-    plan: AttentionPlan | None = getattr(module, _PLAN, None)
-    return plan if plan is not None and plan.is_open else _thread.plan
 
 
 def _has_varlen_kernel(query: Tensor, value: Tensor, shape: AttentionShape) -> bool:

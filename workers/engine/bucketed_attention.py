@@ -23,8 +23,11 @@ BLOCKED_FROM = {"narrow": 64, "grouped": 128, "plain": 256}
 """Padded length from which explicit blocks beat the fused kernel [tokens]; measured on one core, 8 sequences at a time: 0.85 of
 its time at 64 and 0.55 at 256 tokens for heads of 8, 0.8 at 128 and 0.7 at 256 where heads share keys, 0.9 at 256 else."""
 
-ELEMENTS_AT_A_TIME = 131_072
-"""Scores of a block, or queries of the fused kernel: 512 KiB in float32, half of the second-level cache of common servers."""
+SCORES_AT_A_TIME = 262_144
+"""Scores of a block that are computed together: 1 MiB in float32, the second-level cache of common servers."""
+
+QUERIES_AT_A_TIME = 131_072
+"""Numbers in the queries that the fused kernel is given together: 512 KiB in float32."""
 
 
 def bucketed_attention(query: Tensor, key: Tensor, value: Tensor, sequences: Sequences, shape: AttentionShape) -> Tensor:
@@ -57,8 +60,9 @@ class _Work:
 def _work(query: Tensor, value: Tensor, sequences: Sequences, shape: AttentionShape) -> Iterator[_Work]:
     for padded in sequences.padded_lengths:
         blocked = uses_blocks(padded, query, value, shape)
-        elements = padded * shape.num_heads * (TOKENS_PER_BLOCK if blocked else query.shape[3])
-        for part in sequences.parts(padded, max(1, ELEMENTS_AT_A_TIME // elements)):
+        of_a_row = padded * shape.num_heads
+        fit = SCORES_AT_A_TIME // (of_a_row * TOKENS_PER_BLOCK) if blocked else QUERIES_AT_A_TIME // (of_a_row * query.shape[3])
+        for part in sequences.parts(padded, max(1, fit)):
             yield _Work(part, blocked)
 
 

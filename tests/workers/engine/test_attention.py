@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from infra.errors import BadInput
-from workers.engine.attention import install_attention, sequences_of, stream_attention
+from workers.engine.attention import hold_plan, install_attention, stream_attention
 
 LENGTHS = st.integers(1, 70) | st.sampled_from([16, 32, 63, 64, 65, 96, 127, 129, 270])
 
@@ -52,10 +52,11 @@ class Case:
         query, key, value, grad = (
             torch.cat([row[place] for row in rows] + [ends[place]])[None].transpose(1, 2) for place in range(4)
         )
-        inputs: Any = [tensor.requires_grad_() for tensor in (query, key, value)]
+        inputs = [tensor.requires_grad_() for tensor in (query, key, value)]
         options: dict[str, Any] = {"sliding_window": self.window, "softcap": self.softcap, "is_causal": self.causal}
-        with sequences_of(lengths):
-            out, _ = stream_attention(nn.Module(), *inputs, None, **options)
+        module = nn.Module()
+        with hold_plan(module).sequences(lengths, sum(lengths) + tail):
+            out, _ = stream_attention(module, query, key, value, None, **options)
             grads = torch.autograd.grad(out, inputs, grad.transpose(1, 2))
         found = [out[0], *(tensor[0].transpose(0, 1) for tensor in grads)]
         parts = [tensor.split([*lengths, tail]) for tensor in found]
@@ -148,8 +149,9 @@ def test_bfloat16_is_computed_in_float32_and_rounded_once() -> None:
 )
 def test_attention_that_is_not_known_here_is_refused(options: dict[str, Any], word: str) -> None:
     query = torch.zeros(1, 2, 3, 8)
-    with sequences_of([3]), pytest.raises(BadInput, match=word):
-        stream_attention(nn.Module(), query, query, query, None, **options)
+    module = nn.Module()
+    with hold_plan(module).sequences([3]), pytest.raises(BadInput, match=word):
+        stream_attention(module, query, query, query, None, **options)
 
 
 def tiny_llama(seed: int) -> LlamaForCausalLM:

@@ -24,7 +24,8 @@ from transformers import (
     RobertaConfig,
 )
 
-from workers.engine.attention import first_position, install_attention
+from workers.engine.attention import install_attention, padded_attention
+from workers.engine.head_shapes import first_position
 
 SHARED: dict[str, Any] = {"vocab_size": 64, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 WIDE = SHARED | {
@@ -170,6 +171,12 @@ def silence_dropout(model: PreTrainedModel) -> None:
             module.p = 0.0
 
 
-def test_positions_of_roberta_begin_behind_its_padding_token() -> None:
-    assert first_position(make_model("roberta", torch.float32)) == 2
-    assert [first_position(make_model(family, torch.float32)) for family in ("bert", "gpt2", "llama")] == [0, 0, 0]
+@pytest.mark.parametrize("family", ["llama", "gemma2-capped-sliding", "gpt2"])
+@torch.no_grad()
+def test_a_model_that_generates_computes_what_its_streams_compute(family: str) -> None:
+    model = make_model(family, torch.float32)
+    packed = through_stream(model)
+    with padded_attention(model):
+        alone = [hidden_states(model, ids) for ids in make_sequences()]
+    for own, found in zip(alone, packed, strict=True):
+        torch.testing.assert_close(found, own, rtol=1e-5, atol=1e-5 * float(own.abs().max()))
