@@ -32,6 +32,7 @@ class Ground:
         self.store: Storage = LocalStorage(folder / "store")
         self.base = test_data / "bases" / "stories260k"
         write_rows(folder / "data", test_data / "sets/snips/customers/get-weather")
+        self._hosts: list[EngineHost] = []
         self.resolver = Resolver(self.store, folder, folder / "cache", lambda tenant, reference: ("", reference))
 
     def spec(self, **sections: dict[str, Any]) -> JobSpec:
@@ -58,7 +59,13 @@ class Ground:
         return self.resolver.resolve(self.spec(**sections))
 
     def host(self, **options: Any) -> EngineHost:
-        return EngineHost(self.store, self.folder / "cache", lease_seconds=5.0, **options)
+        """Return a new host, closed by `close` unless the test does."""
+        self._hosts.append(EngineHost(self.store, self.folder / "cache", lease_seconds=5.0, **options))
+        return self._hosts[-1]
+
+    def close(self) -> None:
+        for host in self._hosts:
+            host.close()
 
 
 def drive(host: EngineHost, *jobs: Job, stop_at: int | None = None) -> list[JobEvent]:

@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -26,8 +26,10 @@ from workers.report import Checkpointed, Evaluated, Finished, HostEvent, JobEven
 
 
 @pytest.fixture
-def ground(tmp_path: Path, test_data: Path) -> Ground:
-    return Ground(tmp_path, test_data)
+def ground(tmp_path: Path, test_data: Path) -> Iterator[Ground]:
+    ground = Ground(tmp_path, test_data)
+    yield ground
+    ground.close()
 
 
 SLOTS = 16
