@@ -1,4 +1,4 @@
-"""`lorafleet adapters list|show`: what adapters there are. Manifests only, and no torch; reading them in full is in `intake`."""
+"""`lorafleet adapters list|show`: what adapters there are. Manifests only, and no torch; reading them in full is in `verify`."""
 
 import time
 from collections.abc import Iterable, Mapping
@@ -142,6 +142,11 @@ def show_adapter(workspace: Workspace, reference: str) -> dict[str, Any]:
     return {**manifest, **_described(store, ref, manifest, _models(store, ref.tenant)), "evidence": evidence}
 
 
+def _origin(shown: Mapping[str, Any]) -> str:
+    parents = shown.get("parents")
+    return f"none: {shown['merge']['method']} of {', '.join(parents)}" if parents else "none: imported"
+
+
 def adapter_text(shown: Mapping[str, Any]) -> str:
     """Return an adapter as lines for a person."""
     peft = shown.get("peft", {})
@@ -150,7 +155,7 @@ def adapter_text(shown: Mapping[str, Any]) -> str:
         f"base     {shown['base_id']}  ({shown.get('base_model_name_or_path')})",
         f"tenant   {shown['tenant']}, task {shown['task'] or '-'}",
         *(f"model    {model['model']}  {', '.join(model['aliases'])}" for model in shown["tasks"]),
-        f"job      {shown['job_id'] or 'none: imported'}",
+        f"job      {shown['job_id'] or _origin(shown)}",
         "peft     " + ", ".join(f"{key}={value}" for key, value in peft.items() if value not in ({}, None)),
         f"metrics  {', '.join(f'{name} {float(value):.4f}' for name, value in shown['metrics'].items()) or '-'}",
         f"size     {shown['num_parameters']:,} parameters",

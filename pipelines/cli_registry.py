@@ -33,9 +33,19 @@ def evaluate(
     base: BaseOption = None,
     data: Annotated[str | None, typer.Option(help="Rows to measure on; default: the job's test or validation rows.")] = None,
     generate: Annotated[int | None, typer.Option(min=0, help="Rows to generate answers for; default: as the job.")] = None,
+    forms: Annotated[
+        bool, typer.Option("--forms", help="One adapter separate, hot-swapped, merged, and merged and quantised.")
+    ] = False,
     as_json: JsonOption = False,
 ) -> None:
     """Measure adapters beside the plain base, on the base they were trained on and no other."""
+    if forms:
+        if generate is not None:
+            raise BadInput("--forms compares losses and logits, and generates nothing; leave out --generate.")
+        served = load("pipelines.forms")
+        found = served.evaluate_forms(announced(), adapters, base=base, data=data)
+        print_json(found) if as_json else print_text(served.forms_text(found))
+        return
     pipeline = load("pipelines.evaluate")
     result = pipeline.evaluate(announced(), adapters, base=base, data=data, generate=generate)
     print_json(result) if as_json else print_text(pipeline.evaluation_text(result))
@@ -97,15 +107,18 @@ def adapters_show(adapter: AdapterArgument, as_json: JsonOption = False) -> None
 def adapters_verify(
     adapter: Annotated[list[str] | None, typer.Argument(help="Ids, unique prefixes, or <tenant>.<task>@<alias>.")] = None,
     all_: Annotated[bool, typer.Option("--all", help="All adapters in the store.")] = False,
+    read_data: Annotated[bool, typer.Option("--read-data", help="With --all: every object of the store as well.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Read adapters back in full: digests, id, shapes, finite numbers. Exit code 1 if one is damaged."""
+    """Read adapters back in full: digests, id, shapes, finite numbers, their base's record. Exit code 1 if one is damaged."""
     if bool(adapter) == all_:
         raise BadInput("name the adapters to verify, or give --all.")
-    pipeline = load("pipelines.intake")
-    results = pipeline.verify(reading(), adapter or [])
-    print_json(results) if as_json else print_text(pipeline.verification_text(results))
-    if not all(result["ok"] for result in results):
+    if read_data and not all_:
+        raise BadInput("--read-data reads the whole store; give --all with it.")
+    pipeline, store = load("pipelines.verify"), reading().store
+    found = pipeline.verify_all(store, read_data=read_data) if all_ else pipeline.verify(store, adapter)
+    print_json(found.to_json()) if as_json else print_text(pipeline.verification_text(found))
+    if not found.ok:
         raise typer.Exit(1)
 
 
@@ -121,6 +134,48 @@ def adapters_import(
     pipeline = load("pipelines.intake")
     result = pipeline.import_adapter(announced(), folder, base, tenant, task)
     print_json(result) if as_json else print_text(pipeline.import_text(result))
+
+
+@adapters_app.command("merge")
+def adapters_merge(
+    adapters: Annotated[list[str], typer.Argument(help="Ids, unique prefixes, or <tenant>.<task>@<alias>; two or more.")],
+    method: Annotated[str, typer.Option(help="linear, ties, dare_linear, dare_ties, svd or cat.")] = "linear",
+    weights: Annotated[str | None, typer.Option(help="One per adapter: 0.5,0.5; default: equal shares of 1.")] = None,
+    density: Annotated[float | None, typer.Option(help="Share of numbers that ties and dare_* keep; default 0.5.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank of the result; default: exact, or by the method.")] = None,
+    seed: Annotated[int, typer.Option(help="Of what dare_* drop.")] = 0,
+    tenant: Annotated[str | None, typer.Option(help="Whose the result is, with --across-tenants.")] = None,
+    task: Annotated[str | None, typer.Option(help="The task it is for; default: the parents' own, if they share one.")] = None,
+    base: BaseOption = None,
+    tolerance: Annotated[
+        float | None, typer.Option(help="Nats per token that it may be worse than a parent on that parent's rows; default 0.05.")
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Keep it although it is worse; recorded.")] = False,
+    across_tenants: Annotated[bool, typer.Option("--across-tenants", help="Merge adapters of several tenants.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only report how the adapters conflict.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Merge adapters of one base into one, after a report of how they conflict."""
+    pipeline = load("pipelines.merge")
+    request = pipeline.Request(
+        tuple(adapters),
+        method,
+        None if weights is None else pipeline.parse_weights(weights),
+        density=density,
+        rank=rank,
+        seed=seed,
+        tenant=tenant,
+        task=task,
+        tolerance=pipeline.DEFAULT_TOLERANCE if tolerance is None else tolerance,
+        force=force,
+        across_tenants=across_tenants,
+    )
+    if dry_run:
+        result = pipeline.report(reading(), request)
+        print_json(result) if as_json else print_text(pipeline.report_text(result))
+    else:
+        result = pipeline.merge_adapters(announced(), request, base)
+        print_json(result) if as_json else print_text(pipeline.merge_text(result))
 
 
 @base_app.command("add")

@@ -34,11 +34,13 @@ class Subject:
 
     workspace: Workspace
     reference: str
+    expected_tenant: str | None = None
+    """Whose adapter the reference must name; None looks at all tenants."""
 
     @cached_property
     def stored(self) -> StoredAdapter:
         """The adapter, read back and whole. Raises BadInput if it is not, or is not there."""
-        found = find_reference(self.workspace.store, self.reference)
+        found = find_reference(self.workspace.store, self.reference, self.expected_tenant)
         return load_adapter(self.workspace.store, found.tenant, found.base_id, found.adapter_id)
 
     @property
@@ -70,10 +72,11 @@ class Subject:
         return path
 
     def _known_base(self) -> Path:
+        manifest = self.stored.manifest
         if self.job is not None:
             hint: str | None = self.job.base.path
         else:
-            hint = self.stored.manifest.get("imported", {}).get("base_path")
+            hint = manifest.get("imported", manifest.get("merge", {})).get("base_path")
         services = self.workspace.services
         return materialise(self.base_id, Path(hint) if hint else None, services.store, services.cache_dir)
 
@@ -84,18 +87,31 @@ class Subject:
         check_base(self.stored.manifest, identity, trained_on=trained_on)  # before the tokenizer, which another base may lack
         check_base(self.stored.manifest, identity, prompt_contract=prompt_contract(path))
 
+    def setting(self, path: Path) -> tuple[BaseModelSpec, int]:
+        """Return how the base in `path` is to be held, and where rows are cut: as in the job, or the jobs of what was merged."""
+        if self.job is not None:
+            return self.job.spec.base_model, self.job.spec.training.max_length
+        merged = self.stored.manifest.get("merge")
+        if merged is not None:
+            return parse(BaseModelSpec, merged["base_model"], "the manifest"), int(merged["max_length"])
+        return BaseModelSpec(name_or_path=str(path)), DEFAULT_MAX_LENGTH
+
     def bench(self, path: Path) -> Bench:
         """Load the base as the job had it."""
-        labels = self.stored.adapter.labels
-        if self.job is None:
-            return Bench(path, BaseModelSpec(name_or_path=str(path)), DEFAULT_MAX_LENGTH, labels=labels)
-        return Bench(path, self.job.spec.base_model, self.job.spec.training.max_length, labels=labels)
+        return Bench(path, *self.setting(path), labels=self.stored.adapter.labels)
 
     def rows(self, data: str | None) -> tuple[str, list[Row]]:
-        """Return what is measured on, and its name: rows of a file, or the job's test rows, or its validation rows."""
+        """Return what is measured on, and its name: rows of a file, or the job's test rows, or its validation rows.
+
+        Of a merged adapter without a file: those of its parents, one after the other, where all are of its own tenant.
+        """
         if data is not None:
             splits = load_splits(parse(DataSpec, {"train": data}, "--data"), Path.cwd())
             return data, splits.test or splits.validation or splits.train
+        parents = self.stored.manifest.get("merge", {}).get("parents", [])
+        if parents and all(parent["tenant"] == self.tenant for parent in parents):
+            found = [Subject(self.workspace, parent["adapter_id"], self.tenant).rows(None)[1] for parent in parents]
+            return "the parents", [row for rows in found for row in rows]
         known = self.stored.manifest.get("data", {})
         for split in ("test", "validation"):
             if known.get(split):
