@@ -4,8 +4,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -15,17 +15,23 @@ from benchmarks import gpu_engine
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
-def printed(name: str, *arguments: str) -> Any:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, str(REPOSITORY / "benchmarks" / name), *arguments, "--rounds", "1", "--seconds", "0", "--json"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Give torch back the threads that it had: a benchmark sets their number."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def test_engine_is_compared_with_trainer_and_itself_alone_and_its_limit():
-    found = printed("engine.py", "--hidden", "64", "--adapters", "1", "2", "--tokens", "32")
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    setting = ["--hidden", "64", "--adapters", "1", "2", "--tokens", "32", "--rounds", "1", "--seconds", "0", "--json"]
+    command = [sys.executable, str(REPOSITORY / "benchmarks/engine.py"), *setting]
 
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
     assert found["facts"]["torch"] == torch.__version__
     assert found["largest_loss_difference"] <= 1e-3
     alone, pack = found["rows"]
@@ -39,10 +45,27 @@ def test_engine_is_compared_with_trainer_and_itself_alone_and_its_limit():
         assert row["tax_over_limit"] == row["ms_ours"] / row["ms_limit"] - 1.0
 
 
-def test_gpu_benchmark_measures_a_tiny_shape_on_a_cpu():
-    found = printed("gpu_engine.py", "--shape", "tiny", "--tokens", "64", "--adapters", "3", "--tokens-per-pass", "128")
+@pytest.mark.usefixtures("one_thread")
+def test_gpu_benchmark_measures_a_tiny_shape_on_a_cpu(monkeypatch, capsys):
+    setting = [
+        "--shape",
+        "tiny",
+        "--tokens",
+        "64",
+        "--adapters",
+        "3",
+        "--tokens-per-pass",
+        "128",
+        "--rounds",
+        "1",
+        "--seconds",
+        "0",
+    ]
+    monkeypatch.setattr(sys, "argv", ["gpu_engine.py", *setting, "--json"])
 
-    (row,) = found["rows"]
+    assert gpu_engine.main() == 0
+
+    (row,) = json.loads(capsys.readouterr().out)["rows"]
     assert (row["shape"], row["adapters"], row["tokens_per_adapter_step"]) == ("tiny", 3, 64)
     assert row["predicted_bytes"] > 0
     for key in ("tokens_per_second", "ratio_peft_alone", "ratio_own_alone", "join_ms", "leave_ms"):
