@@ -8,6 +8,8 @@ grouped_mm refuses: float64, and rows that are not a multiple of 16 bytes. The l
 begin in the stream would else decide how they are aligned in memory, and with that the last bits (odd widths; measured).
 """
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -43,15 +45,16 @@ def loop_outer(x_TK: Tensor, y_TN: Tensor, ends_G: Tensor) -> Tensor:
     )
 
 
-def _is_taken(*operands: Tensor) -> bool:
+def _is_taken(x: Tensor, y: Tensor) -> bool:
     """Tell whether grouped_mm takes the operands: a function of their type and feature sizes alone."""
-    return all(_is_aligned(operand) for operand in operands)
+    return _is_aligned(x.dtype, x.stride()) and _is_aligned(y.dtype, y.stride())
 
 
-def _is_aligned(operand: Tensor) -> bool:
-    if operand.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+@lru_cache(maxsize=4096)
+def _is_aligned(dtype: torch.dtype, strides: tuple[int, ...]) -> bool:
+    if dtype not in (torch.float32, torch.bfloat16, torch.float16):
         return False
-    strides = list(operand.stride())
-    if 1 in strides:
-        strides.remove(1)  # of neighbours in memory; any other, even if it is 1 too (a layer with one output), must be aligned
-    return all(stride * operand.element_size() % ALIGNMENT_BYTES == 0 for stride in strides)
+    others = list(strides)
+    if 1 in others:
+        others.remove(1)  # of neighbours in memory; any other, even if it is 1 too (a layer with one output), must be aligned
+    return all(stride * dtype.itemsize % ALIGNMENT_BYTES == 0 for stride in others)
