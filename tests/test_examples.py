@@ -27,5 +27,17 @@ def test_the_example_settings_are_settings(tmp_path: Path) -> None:
     assert parse(Settings, {"home": tmp_path, **written}, "lorafleet.toml").store.startswith("s3://")
 
 
+def test_the_example_classifier_classifies() -> None:
+    spec, _ = load_job(EXAMPLES / "classifier.yaml")
+    assert spec.task_type == "SEQ_CLS"
+
+
+def test_the_example_of_a_base_in_four_bits_is_one() -> None:
+    spec, _ = load_job(EXAMPLES / "qlora.yaml")
+    assert spec.base_model.quantization is not None
+    assert spec.peft.rank_pattern == {"down_proj": 32}
+
+
 def test_no_example_is_forgotten_here() -> None:
-    assert sorted(path.name for path in EXAMPLES.iterdir()) == ["job.yaml", "lorafleet.toml", "sweep.yaml"]
+    known = ["classifier.yaml", "job.yaml", "lorafleet.toml", "qlora.yaml", "sweep.yaml"]
+    assert sorted(path.name for path in EXAMPLES.iterdir()) == known
