@@ -86,6 +86,25 @@ def reconcile(
 
 
 @app.command()
+def gc(
+    older_than: Annotated[str, typer.Option(help="How old it must be: 24h, 7d; by the store's clock.")] = "24h",
+    delete: Annotated[bool, typer.Option("--delete", help="Remove it; without, only tell what would go.")] = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Tell, and with --delete remove, what nothing in the store refers to any more."""
+    pipeline = load("pipelines.gc")
+    seconds = pipeline.parse_age(older_than)
+    found = pipeline.collect((announced() if delete else reading()).store, older_than_seconds=seconds, delete=delete)
+    if as_json:
+        print_json(pipeline.collected_json(found, deleted=delete, older_than_seconds=seconds))
+    else:
+        print_text(pipeline.collected_text(found, deleted=delete))
+    print_notes(found.notes)
+    if found.notes:
+        raise typer.Exit(1)
+
+
+@app.command()
 def schema(
     kind: Annotated[str | None, typer.Argument(metavar="[job|sweep|settings]", help="Kind of file; default: all.")] = None,
 ) -> None:

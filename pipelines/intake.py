@@ -1,53 +1,21 @@
-"""`lorafleet adapters verify|import`: adapters read in full, those that are stored and those that were made elsewhere."""
+"""`lorafleet adapters import`: adapters that were made elsewhere, read in full and stored if they fit their base."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infra.errors import BadInput, ObjectNotFound, WorkFailed
-from infra.storage import Storage
 from pipelines.adapters import refuse_bad_names
-from pipelines.references import find_reference
 from pipelines.workspace import Workspace
 from workers import layout
 from workers.adapter import Adapter, adapter_id
 from workers.adapter_files import read_adapter_folder
-from workers.adapter_store import load_adapter, store_adapter
+from workers.adapter_store import store_adapter
 from workers.bases import add_base
 from workers.data.contract import prompt_contract
 from workers.fitting import refuse_unfit
 from workers.identity import identify
-from workers.manifests import AdapterRef, adapter_refs, read_manifest
-
-
-def verify(workspace: Workspace, references: Sequence[str]) -> list[dict[str, Any]]:
-    """Read adapters back, all if none is named, and say of each whether it is whole: digests, id, shapes, finite numbers."""
-    store = workspace.store
-    refs = [find_reference(store, one) for one in references] if references else list(adapter_refs(store))
-    return [_verified(store, ref) for ref in refs]
-
-
-def _verified(store: Storage, ref: AdapterRef) -> dict[str, Any]:
-    problem = None
-    try:
-        load_adapter(store, *ref)
-    except (BadInput, WorkFailed, ObjectNotFound) as error:
-        problem = str(error)
-    return {
-        "adapter_id": ref.adapter_id,
-        "base_id": ref.base_id,
-        "tenant": ref.tenant,
-        "ok": problem is None,
-        "problem": problem,
-    }
-
-
-def verification_text(results: Sequence[Mapping[str, Any]]) -> str:
-    """Return a line for each adapter and one with the total."""
-    lines = [f"{one['adapter_id']}  {one['tenant']}  {'ok' if one['ok'] else 'DAMAGED: ' + one['problem']}" for one in results]
-    damaged = sum(not one["ok"] for one in results)
-    return "\n".join([*lines, f"{len(results)} adapters read, {damaged} of them damaged."])
+from workers.manifests import AdapterRef, read_manifest
 
 
 def import_adapter(workspace: Workspace, folder: Path, base: Path, tenant: str, task: str | None) -> dict[str, Any]:

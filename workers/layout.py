@@ -78,6 +78,10 @@ def manifest(tenant_: str, base_id: str, adapter_id: str) -> str:
     return f"{manifests(tenant_, base_id)}{_id(adapter_id)}.json"
 
 
+def tombstone(tenant_: str, base_id: str, adapter_id: str) -> str:
+    return f"{tenant(tenant_)}{_id(base_id)}/tombstones/{_id(adapter_id)}.json"
+
+
 def parts_of_job_state(key: str) -> tuple[str, str, str] | None:
     """Return (tenant, base_id, job_id) of a job state's key, None for any other key."""
     match key.split("/"):

@@ -97,6 +97,8 @@ def test_damaged_manifest_hides_no_other_adapter_but_is_told(cli: CommandLine, t
 def test_verification_names_the_damaged_adapter_and_its_file(cli: CommandLine, tiny_base: Path) -> None:
     base_id = base_id_of(tiny_base)
     a, b, c = (put_adapter(cli.store, base_id, seed) for seed in (1, 2, 3))
+    assert f"no record of the base {base_id}" in cli("adapters", "verify", a).out
+    cli("base", "add", tiny_base)
     assert cli("adapters", "verify", "--all").code == 0
     weights = adapter_folder(cli.store.root, base_id, a) / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1] + b"\1")
