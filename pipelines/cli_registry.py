@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from infra.errors import BadInput
+from infra.errors import BadInput, GateRejected
 from pipelines.cli_common import (
     JsonOption,
     TenantOption,
@@ -230,25 +230,37 @@ def promote(
     tenant: TenantOption = None,
     base: BaseOption = None,
     change_base: Annotated[bool, typer.Option("--change-base", help="Let the task move to another base.")] = False,
+    gates: Annotated[Path | None, typer.Option(help="File of gates; default: gates.yaml in the home, if there is one.")] = None,
+    force: Annotated[bool, typer.Option("--force", help="Promote whatever the gates say; recorded, with the reason.")] = False,
     reason: ReasonOption = "",
     as_json: JsonOption = False,
 ) -> None:
-    """Make an adapter the champion of a task."""
-    workspace = announced()
+    """Make an adapter the champion of a task, if the gates let it. Exit code 3 if one refuses."""
     load("pipelines.adapters").refuse_bad_names(tenant, task)
-    outcome = load("pipelines.promote").promote(
-        workspace.store,
-        workspace.services.registry(),
-        adapter,
-        tenant=tenant,
-        task=task,
-        base=base,
-        cache_dir=workspace.services.cache_dir,
-        change_base=change_base,
-        actor=workspace.actor,
-        reason=reason,
-    )
-    _print_promotion(outcome, as_json)
+    workspace = _promoting()
+    found = load("pipelines.gates").find_gates(gates, workspace.settings.home)
+    jury: Any = load("pipelines.judging").Jury(workspace, found, base, excused=force) if found is not None else None
+    try:
+        outcome = load("pipelines.promote").promote(
+            workspace.store,
+            workspace.services.registry(),
+            adapter,
+            tenant=tenant,
+            task=task,
+            base=base,
+            cache_dir=workspace.services.cache_dir,
+            change_base=change_base,
+            jury=jury,
+            force=force,
+            actor=workspace.actor,
+            reason=reason,
+        )
+    except GateRejected:
+        print_json(load("pipelines.history").rejection_json(jury.last)) if as_json else _print_verdicts(jury)
+        raise
+    if not as_json:
+        _print_verdicts(jury)
+    _print_promotion(outcome, as_json, jury)
 
 
 @app.command()
@@ -259,23 +271,67 @@ def rollback(
     as_json: JsonOption = False,
 ) -> None:
     """Make an earlier champion the champion again, at once."""
-    workspace = announced()
     tenant, task = load("pipelines.references").parse_model(model)
+    workspace = _promoting()
     outcome = load("pipelines.promote").rollback(
         workspace.store, workspace.services.registry(), tenant, task, to, actor=workspace.actor, reason=reason
     )
     _print_promotion(outcome, as_json)
 
 
-def _print_promotion(outcome: Any, as_json: bool) -> None:
-    print_notes([outcome.note] if outcome.note else [])
-    print_json(load("pipelines.history").promotion_json(outcome)) if as_json else print_text(outcome.sentence)
+@app.command()
+def freeze(model: ModelArgument, reason: ReasonOption = "", as_json: JsonOption = False) -> None:
+    """Keep the champion of a task: promotions and rollbacks are refused until it is unfrozen."""
+    tenant, task = load("pipelines.references").parse_model(model)
+    workspace = _promoting()
+    outcome = load("pipelines.promote").freeze(workspace.store, tenant, task, actor=workspace.actor, reason=reason)
+    _print_promotion(outcome, as_json)
 
 
 @app.command()
-def history(model: ModelArgument, as_json: JsonOption = False) -> None:
+def unfreeze(model: ModelArgument, reason: ReasonOption = "", as_json: JsonOption = False) -> None:
+    """Let promotions and rollbacks of a task happen again."""
+    tenant, task = load("pipelines.references").parse_model(model)
+    workspace = _promoting()
+    outcome = load("pipelines.promote").unfreeze(workspace.store, tenant, task, actor=workspace.actor, reason=reason)
+    _print_promotion(outcome, as_json)
+
+
+def _promoting() -> Any:
+    """Open the workspace of a command that writes a journal; refused on a store that ignores conditions."""
+    workspace = announced()
+    load("infra.stores").probe(workspace.store)
+    return workspace
+
+
+def _print_verdicts(jury: Any) -> None:
+    if jury is not None and jury.last is not None:
+        pipeline = load("pipelines.history")
+        print_table(pipeline.VERDICT_COLUMNS, pipeline.rows_of_verdicts(jury.last), "There are no gates in this file.")
+
+
+def _print_promotion(outcome: Any, as_json: bool, jury: Any = None) -> None:
+    print_notes([outcome.note] if outcome.note else [])
+    if as_json:
+        print_json(load("pipelines.history").promotion_json(outcome, jury.last if jury is not None else None))
+    else:
+        print_text(outcome.sentence)
+
+
+@app.command()
+def history(
+    model: ModelArgument,
+    at: Annotated[
+        str | None, typer.Option(help="Only who served at this time: ISO 8601; without a zone it is UTC.", metavar="TIME")
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
     """Show who was champion of a task, when and why."""
     pipeline = load("pipelines.history")
+    if at is not None:
+        served = pipeline.served_at(reading(), model, at)
+        print_json(served) if as_json else print_text(pipeline.served_text(served))
+        return
     entries = pipeline.entries_of(reading(), model)
     if as_json:
         print_json(entries)

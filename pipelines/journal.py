@@ -38,7 +38,9 @@ class Change:
     actor: str
     reason: str = ""
     previous: str | None
-    """The champion before; None for the first entry."""
+    """The champion before; None for the first entry. Freezing leaves the champion as it was."""
+    forced: bool = False
+    """Whether a promotion was asked for whatever the gates say; its evidence tells what they said."""
     at: float = field(default_factory=time.time)
     """Seconds since the epoch, by the clock of whoever made it."""
     nonce: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -51,6 +53,10 @@ class Entry(Change):
 
     generation: int
     """1, 2, 3, ... without a gap."""
+
+
+class Overtaken(WorkFailed):
+    """Somebody else wrote the next entry of a journal."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,7 @@ def history(store: Storage, tenant: str, task: str) -> list[Entry]:
 def commit(store: Storage, tenant: str, task: str, change: Change, expected_generation: int) -> Entry:
     """Write `change` as the generation after `expected_generation` (the head it was decided on; 0: none), then HEAD.
 
-    Raises WorkFailed, naming who was faster, if that generation exists already.
+    Raises Overtaken, naming who was faster, if that generation exists already.
     """
     before = _read(store, tenant, task, expected_generation)
     assert before or expected_generation == 0, "a journal has no gaps"
@@ -114,7 +120,7 @@ def commit(store: Storage, tenant: str, task: str, change: Change, expected_gene
     except ConditionFailed:
         winner = _decoded(store.get(key)[0], key)
         if winner.nonce != entry.nonce:
-            raise WorkFailed(_overtaken(winner, tenant, task)) from None
+            raise Overtaken(_overtaken(winner, tenant, task)) from None
     crashpoint("journal-written", f"{tenant}.{task}")
     write_hint(store, tenant, task, entry.generation)
     crashpoint("head-written", f"{tenant}.{task}")
@@ -167,6 +173,19 @@ def _models_in(keys: Iterator[str]) -> Iterator[tuple[str, str]]:
         parts = key.split("/")
         if len(parts) == 6 and parts[2] == "models" and parts[4] in ("journal", "candidates"):
             yield parts[1], parts[3]
+
+
+def changes_of_champion(entries: Sequence[Entry]) -> list[Entry]:
+    """Return the entries by which somebody became champion: promotions and rollbacks."""
+    return [entry for entry in entries if entry.kind in ("promote", "rollback")]
+
+
+def entry_at(entries: Sequence[Entry], at: float) -> Entry | None:
+    """Return the journal's last entry at a time (seconds since the epoch), None if it had not begun.
+
+    Times are those of the clocks of whoever made the entries; where these disagree the order of the journal holds.
+    """
+    return next((entry for entry in reversed(entries) if entry.at <= at), None)
 
 
 def previous_champion(entries: Sequence[Entry]) -> str | None:

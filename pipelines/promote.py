@@ -1,8 +1,9 @@
-"""Who becomes champion of a task: promotion, rollback, and offering a candidate.
+"""Who becomes champion of a task: promotion, rollback, freezing, and offering a candidate.
 
-The journal's next entry is the deed; everything before it checks, everything after it may be repeated. MLflow follows and never
-stands in the way: what it missed is told in the outcome and made up for by the same command or by `lorafleet reconcile`.
-Tensors are looked at for a promotion only, so that a rollback loads neither torch nor, without a registry, MLflow.
+The journal's next entry is the deed; everything before it checks, everything after it may be repeated. Who finds the champion to
+be another than the gates compared with is judged again. MLflow follows and never stands in the way: what it missed is told in the
+outcome and made up for by the same command or by `lorafleet reconcile`. Tensors are looked at for a promotion only, so that a
+rollback loads neither torch nor, without a registry, MLflow.
 """
 
 from __future__ import annotations
@@ -11,17 +12,18 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from infra.crashpoints import crashpoint
-from infra.errors import BadInput, ConditionFailed, ServiceUnavailable, WorkFailed, WrongBase
-from infra.fingerprint import id_of_json
-from infra.records import encode_record
+from infra.errors import BadInput, GateRejected, ServiceUnavailable, WorkFailed, WrongBase
 from infra.storage import Storage
+from pipelines.evidence import Binding, keep, refuse_stale
 from pipelines.journal import (
     Candidate,
     Change,
     Entry,
+    Overtaken,
+    changes_of_champion,
     commit,
     generation_of,
     history,
@@ -39,8 +41,10 @@ from workers.manifests import AdapterRef, check_base
 
 if TYPE_CHECKING:  # MLflow takes seconds to import, and whoever has a registry to hand in has imported it
     from infra.mlflow_registry import ModelRegistry
+    from pipelines.judging import Judgement, Jury
 
-EVIDENCE_FORMAT = "evidence/1"
+MAX_TRIES = 10
+"""How often a promotion is judged anew because the champion changed meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -79,10 +83,14 @@ def promote(
     base: Path | None = None,
     cache_dir: Path | None = None,
     change_base: bool = False,
+    jury: Jury | None = None,
+    force: bool = False,
     actor: str,
     reason: str = "",
 ) -> PromotionOutcome:
-    """Make an adapter champion of a task, after it was read back whole and found to belong to the task's base.
+    """Make an adapter champion of a task, after it was read back whole, found to belong to the task's base, and passed the gates.
+
+    If somebody else is faster, the gates judge anew against the new champion; without gates, or forced, a person has to.
 
     Args:
         registry: MLflow; None leaves it to a later `reconcile`.
@@ -90,34 +98,104 @@ def promote(
         task: None takes the one `ref` is named by, or else the one the adapter was trained for.
         base: A base folder that must be the adapter's; its digests are cached below `cache_dir`.
         change_base: Allow a base other than the one the task serves.
+        jury: Judges by gates; None: there are none.
+        force: Promote whatever the gates say; the journal tells so, with the reason.
 
     Raises:
+        GateRejected: a gate refuses the adapter; its evidence is kept.
         WrongBase: the adapter belongs to another base than the task serves, or than `base` holds.
-        BadInput: there is no such adapter, it is damaged, does nothing, or has no task.
+        BadInput: there is no such adapter, it is damaged, does nothing, or has no task; the task is frozen; a gate cannot be run.
         WorkFailed: somebody else promoted meanwhile.
     """
+    if force and not reason.strip():
+        raise BadInput("a promotion that is forced needs a reason, which the journal keeps; give --reason.")
     found = find_reference(store, ref, tenant)
     manifest = _verified(store, found)
     if base is not None:
         check_base(manifest, identify(base, cache_dir), trained_on=read_base(store, found.base_id))
-    task = _task_of(ref, manifest) if task is None else task
-    head = read_head(store, found.tenant, task)
-    if head is not None and head.adapter_id == found.adapter_id:
-        sentence = f"{found.adapter_id[:12]} is the champion of {found.tenant}.{task} already (generation {head.generation})."
-        return _settled(store, registry, found.tenant, task, head, sentence)
-    _check_served_base(head, manifest, task, change_base)
-    evidence = _write_evidence(store, found, task, manifest, head, checked_base=base is not None)
+    case = _Case(store, found, _task_of(ref, manifest) if task is None else task, manifest, base is not None)
+    for num_left in reversed(range(MAX_TRIES)):
+        head = read_head(store, found.tenant, case.task)
+        _refuse_frozen(head, found.tenant, case.task)
+        if head is not None and head.adapter_id == found.adapter_id:
+            return _settled(store, registry, found.tenant, case.task, head, _is_champion(head, found.tenant, case.task))
+        _check_served_base(head, manifest, case.task, change_base)
+        evidence = _judged(case, head, jury, force)
+        try:
+            entry = _commit_promotion(case, head, evidence, actor, reason, force)
+            return _done(store, registry, found.tenant, case.task, entry)
+        except Overtaken:
+            if jury is None or force or not num_left:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+@dataclass(frozen=True)
+class _Case:
+    """An adapter that was found to be whole, and is to become champion of a task."""
+
+    store: Storage
+    adapter: AdapterRef
+    task: str
+    manifest: Mapping[str, Any]
+    is_base_checked: bool
+
+    def binding(self, head: Entry | None, gates: str | None) -> Binding:
+        return Binding(self.adapter, self.task, head, gates)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a promotion rests on."""
+
+    binding: Binding
+    keys: tuple[str, ...]
+    """Of the evidence: the promotion's own first."""
+
+
+def _judged(case: _Case, head: Entry | None, jury: Jury | None, force: bool) -> _Found:
+    """Have the gates judge the case against `head`, and keep what they found. Raises GateRejected unless forced."""
+    judgement = None if jury is None else jury.judge(case.adapter, case.task, head)
+    binding = judgement.binding if judgement is not None else case.binding(head, None)
+    key = keep(case.store, binding, "promotion", _findings(case, judgement))
+    if judgement is not None and not judgement.passed and not force:
+        failed = [verdict for verdict in judgement.verdicts if not verdict.passed]
+        told = "; ".join(f"{verdict.gate}: {verdict.sentence}" for verdict in failed)
+        raise GateRejected(
+            f"{case.adapter.adapter_id[:12]} does not become champion of {case.adapter.tenant}.{case.task} ({told})."
+        )
+    return _Found(binding, (key, *(judgement.evaluations if judgement is not None else ())))
+
+
+def _findings(case: _Case, judgement: Judgement | None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "checks": ["digests", "adapter_id", "finite", "effect", *(["base_folder"] if case.is_base_checked else [])],
+        "metrics": case.manifest.get("metrics", {}),
+        "job_id": case.manifest.get("job_id"),
+    }
+    if judgement is not None:
+        found |= {
+            "gates": [dict(gate) for gate in judgement.gates],
+            "verdicts": [verdict.to_json() for verdict in judgement.verdicts],
+            "evaluations": list(judgement.evaluations),
+        }
+    return found
+
+
+def _commit_promotion(case: _Case, head: Entry | None, found: _Found, actor: str, reason: str, force: bool) -> Entry:
+    """Write the promotion behind `head`, on evidence that was found against that head and no other."""
+    refuse_stale(case.store, found.keys, case.binding(head, found.binding.gates))
     change = Change(
         kind="promote",
-        adapter_id=found.adapter_id,
-        base_id=found.base_id,
-        evidence=(evidence,),
+        adapter_id=case.adapter.adapter_id,
+        base_id=case.adapter.base_id,
+        evidence=found.keys,
         actor=actor,
         reason=reason,
         previous=head.adapter_id if head else None,
+        forced=force,
     )
-    entry = commit(store, found.tenant, task, change, generation_of(head))
-    return _done(store, registry, found.tenant, task, entry)
+    return commit(case.store, case.adapter.tenant, case.task, change, generation_of(head))
 
 
 def rollback(
@@ -140,17 +218,17 @@ def rollback(
     entries = history(store, tenant, task)
     if not entries:
         raise BadInput(f"{tenant}.{task} has no champion yet, so there is nothing to roll back; promote an adapter first.")
-    head = entries[-1]
-    if to is None and head.kind == "rollback":
+    head, deeds = entries[-1], changes_of_champion(entries)
+    _refuse_frozen(head, tenant, task)
+    if to is None and deeds[-1].kind == "rollback":
         sentence = (
-            f"{tenant}.{task} was rolled back to {head.adapter_id[:12]} already by {head.actor} (generation {head.generation}); "
-            "name an adapter with --to to go elsewhere."
+            f"{tenant}.{task} was rolled back to {head.adapter_id[:12]} already by {deeds[-1].actor} "
+            f"(generation {deeds[-1].generation}); name an adapter with --to to go elsewhere."
         )
         return _settled(store, registry, tenant, task, head, sentence)
-    target = _earlier_champion(store, entries, tenant, task, to)
+    target = _earlier_champion(store, deeds, tenant, task, to)
     if target.adapter_id == head.adapter_id:
-        sentence = f"{head.adapter_id[:12]} is the champion of {tenant}.{task} already (generation {head.generation})."
-        return _settled(store, registry, tenant, task, head, sentence)
+        return _settled(store, registry, tenant, task, head, _is_champion(head, tenant, task))
     change = Change(
         kind="rollback",
         adapter_id=target.adapter_id,
@@ -161,6 +239,55 @@ def rollback(
         previous=head.adapter_id,
     )
     return _done(store, registry, tenant, task, commit(store, tenant, task, change, head.generation))
+
+
+def freeze(store: Storage, tenant: str, task: str, *, actor: str, reason: str = "") -> PromotionOutcome:
+    """Keep the champion of a task as it is: promotions and rollbacks are refused until `unfreeze`.
+
+    Raises BadInput if the task has no champion.
+    """
+    return _turn(store, tenant, task, "freeze", actor, reason)
+
+
+def unfreeze(store: Storage, tenant: str, task: str, *, actor: str, reason: str = "") -> PromotionOutcome:
+    """Let promotions and rollbacks of a task happen again. Raises BadInput if the task has no champion."""
+    return _turn(store, tenant, task, "unfreeze", actor, reason)
+
+
+def _turn(
+    store: Storage, tenant: str, task: str, kind: Literal["freeze", "unfreeze"], actor: str, reason: str
+) -> PromotionOutcome:
+    """Write a freeze or unfreeze entry unless it is so already. Whoever promotes meanwhile does not stand in its way."""
+    while True:
+        head = read_head(store, tenant, task)
+        if head is None:
+            raise BadInput(f"{tenant}.{task} has no champion yet, so there is nothing to {kind}; promote an adapter first.")
+        done = "frozen" if kind == "freeze" else "open to promotions"
+        if (head.kind == "freeze") == (kind == "freeze"):
+            sentence = f"{tenant}.{task} is {done} already (champion {head.adapter_id[:12]}, generation {head.generation})."
+            return _settled(store, None, tenant, task, head, sentence)
+        change = Change(
+            kind=kind, adapter_id=head.adapter_id, base_id=head.base_id, actor=actor, reason=reason, previous=head.adapter_id
+        )
+        try:
+            entry = commit(store, tenant, task, change, head.generation)
+        except Overtaken:
+            continue
+        sentence = f"{tenant}.{task} is {done}; {head.adapter_id[:12]} stays champion (generation {entry.generation})."
+        return PromotionOutcome(tenant, task, entry, True, sentence, None)
+
+
+def _refuse_frozen(head: Entry | None, tenant: str, task: str) -> None:
+    if head is not None and head.kind == "freeze":
+        why = f": {head.reason}" if head.reason else ""
+        raise BadInput(
+            f"{tenant}.{task} was frozen by {head.actor} (generation {head.generation}{why}); "
+            f"let it move again with 'lorafleet unfreeze {tenant}.{task}'."
+        )
+
+
+def _is_champion(head: Entry, tenant: str, task: str) -> str:
+    return f"{head.adapter_id[:12]} is the champion of {tenant}.{task} already (generation {head.generation})."
 
 
 def register_best(
@@ -219,28 +346,6 @@ def _check_served_base(head: Entry | None, manifest: Mapping[str, Any], task: st
         )
 
 
-def _write_evidence(
-    store: Storage, found: AdapterRef, task: str, manifest: Mapping[str, Any], head: Entry | None, *, checked_base: bool
-) -> str:
-    """Keep what the promotion rests on under its digest, and return the key. The same findings are one object."""
-    body = {
-        "kind": "promotion",
-        "adapter_id": found.adapter_id,
-        "base_id": found.base_id,
-        "task": task,
-        "checks": ["digests", "adapter_id", "finite", "effect", *(["base_folder"] if checked_base else [])],
-        "metrics": manifest.get("metrics", {}),
-        "job_id": manifest.get("job_id"),
-        "compared_with": head and {"generation": head.generation, "adapter_id": head.adapter_id, "base_id": head.base_id},
-    }
-    key = layout.evidence(found.tenant, found.adapter_id, id_of_json(body))
-    try:
-        store.put_if_absent(key, encode_record(EVIDENCE_FORMAT, body))
-    except ConditionFailed:
-        return key
-    return key
-
-
 def _earlier_champion(store: Storage, entries: Sequence[Entry], tenant: str, task: str, to: str | None) -> Entry:
     """Return the entry by which the adapter to go back to became champion for the last time."""
     wanted = previous_champion(entries) if to is None else _former(store, entries, tenant, task, to)
@@ -270,7 +375,7 @@ def _former(store: Storage, entries: Sequence[Entry], tenant: str, task: str, to
 
 
 def _done(store: Storage, registry: ModelRegistry | None, tenant: str, task: str, entry: Entry) -> PromotionOutcome:
-    deed = "is champion" if entry.kind == "promote" else "is champion again"
+    deed = "is champion again" if entry.kind == "rollback" else "is champion, forced," if entry.forced else "is champion"
     before = f" after {entry.previous[:12]}" if entry.previous else ""
     sentence = f"{entry.adapter_id[:12]} {deed} of {tenant}.{task}{before} (generation {entry.generation})."
     note = _note_of_projection(store, registry, tenant, task)

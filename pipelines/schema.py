@@ -7,10 +7,11 @@ from pydantic import BaseModel
 
 from infra.errors import BadInput
 from infra.settings import Settings
+from pipelines.gates import GatesFile
 from sweeps.spec import SweepSpec
 from workers.spec import JobSpec
 
-SCHEMAS: dict[str, type[BaseModel]] = {"job": JobSpec, "sweep": SweepSpec, "settings": Settings}
+SCHEMAS: dict[str, type[BaseModel]] = {"job": JobSpec, "sweep": SweepSpec, "gates": GatesFile, "settings": Settings}
 
 
 def schema(name: str | None) -> dict[str, Any]:

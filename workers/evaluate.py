@@ -10,13 +10,16 @@ import torch
 
 from infra.errors import BadInput
 from workers.adapter import Adapter
-from workers.data.render import Renderer
+from workers.data.render import Example, Renderer
 from workers.data.rows import Row
 from workers.data.tokenizer import load_tokenizer
+from workers.engine.batches import make_sequence, make_stream
+from workers.engine.class_head import Classified
 from workers.engine.generate import generate_answers
 from workers.engine.lora import Factors
-from workers.engine.resident import ResidentBase, measure
+from workers.engine.resident import PROBE_TOKENS, Measured, ResidentBase, has_effect, measure
 from workers.loading import load_model
+from workers.scores import RowScores
 from workers.spec import BaseModelSpec, EvaluationSpec
 
 ROWS_PER_PASS = 16
@@ -69,6 +72,42 @@ def evaluate_rows(
     return metrics
 
 
+def score_rows(
+    base: ResidentBase, renderer: Renderer, rows: Sequence[Row], evaluation: EvaluationSpec, *, answers: bool = False
+) -> RowScores:
+    """Measure whatever adapter is switched in on each row, in one pass over the rows.
+
+    With `answers` an answer is generated for every row, whatever `evaluation.generate` says.
+    """
+    examples = renderer.render_all(rows)
+    measured = [one for start in range(0, len(rows), ROWS_PER_PASS) for one in _measured_apart(base, examples, start)]
+    answered = answer_rows(base, renderer, rows, evaluation.max_new_tokens) if answers else None
+    pattern = re.compile(evaluation.format_pattern, re.DOTALL) if evaluation.format_pattern is not None else None
+    return RowScores(
+        loss=tuple(one.loss_sum for one in measured),
+        num_targets=tuple(len(one.expected) if isinstance(one, Classified) else one.num_targets for one in measured),
+        num_correct=tuple(_num_correct(one) for one in measured),
+        num_bytes=tuple(renderer.target_bytes([example]) for example in examples),
+        exact_match=None if answered is None else tuple(one.generated == one.reference for one in answered),
+        format_validity=None
+        if answered is None or pattern is None
+        else tuple(pattern.fullmatch(one.generated) is not None for one in answered),
+    )
+
+
+def _measured_apart(base: ResidentBase, examples: Sequence[Example], start: int) -> list[Measured]:
+    """Measure ROWS_PER_PASS rows in one stream, each as the part of an adapter of its own, so that their sums stay apart."""
+    part = examples[start : start + ROWS_PER_PASS]
+    batches = [[make_sequence(example, start + number, base.pooling)] for number, example in enumerate(part)]
+    return base.measure_stream(make_stream(batches, base.device, base.first_position))
+
+
+def _num_correct(measured: Measured) -> int:
+    if isinstance(measured, Classified):
+        return sum(predicted == expected for predicted, expected in zip(measured.predicted, measured.expected, strict=True))
+    return measured.num_correct
+
+
 class Bench:
     """A base on which stored adapters are tried one after the other, in this process."""
 
@@ -103,6 +142,22 @@ class Bench:
         """Measure the base with an adapter on rows."""
         with self.wearing(adapter):
             return evaluate_rows(self.base, self.renderer, rows, evaluation)
+
+    def scores(
+        self, adapter: Adapter | None, rows: Sequence[Row], evaluation: EvaluationSpec, *, answers: bool = False
+    ) -> RowScores:
+        """Measure the base with an adapter on each row; see `score_rows`."""
+        with self.wearing(adapter):
+            return score_rows(self.base, self.renderer, rows, evaluation, answers=answers)
+
+    def moves_logits(self, adapter: Adapter) -> bool:
+        """Tell whether the adapter fits the base and moves its logits, to finite values, on a fixed row of tokens."""
+        vocabulary = max(2, int(self.base.model.config.get_text_config().vocab_size))
+        ids = [number % vocabulary for number in range(1, PROBE_TOKENS + 1)]
+        label = 0 if self.labels else None
+        probe = Example(ids, [label is None and place > 0 for place in range(PROBE_TOKENS)], "a row of tokens", label=label)
+        with self.wearing(adapter):  # refuses another classifier's labels
+            return has_effect(self.base, self._factors(adapter), probe, self._head(adapter))
 
     def answers(self, adapter: Adapter | None, rows: Sequence[Row], max_new_tokens: int) -> list[Answer]:
         """Generate an answer for the last turn of each row."""
