@@ -60,13 +60,20 @@ class Evaluation:
 
 
 def keep(store: Storage, binding: Binding, kind: str, found: Mapping[str, Any]) -> str:
-    """Keep what was found and return its key. The same findings are one object, however often they are kept."""
+    """Keep what was found and return its key. The same findings are one object, however often they are kept.
+
+    What stands there damaged is replaced: the key says what should.
+    """
     body = {"kind": kind, **binding.body, **found}
     key = layout.evidence(binding.adapter.tenant, binding.adapter.adapter_id, id_of_json(body))
+    data = encode_record(EVIDENCE_FORMAT, body)
     try:
-        store.put_if_absent(key, encode_record(EVIDENCE_FORMAT, body))
+        store.put_if_absent(key, data)
     except ConditionFailed:
-        return key
+        try:
+            read(store, key)
+        except (BadInput, WorkFailed):
+            store.put(key, data)
     crashpoint("evidence-written", key)
     return key
 
