@@ -2,13 +2,13 @@
 
 `admit / step / decide / evict / report` is the whole interface: whoever holds a host (the task in `host_task`, a test) decides
 when. Every job is an attempt with its own claim and seat (`host_seat`); which of them share a pass, and what a failed pass
-means, is `host_passes`' subject. A claim may have to be waited for: claims are taken in threads, and the pack goes on meanwhile.
+means, is `host_passes`' subject. Claims are taken, and checkpoints and adapters stored, in threads: the pack goes on meanwhile.
 """
 
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -24,6 +24,7 @@ from workers.engine.pack import Pack
 from workers.engine.resident import ResidentBase
 from workers.engine.training import shape_of_adapter
 from workers.host_inputs import HostInputs, Inputs
+from workers.host_line import Arrival, Line
 from workers.host_passes import Passes
 from workers.host_reasons import reason_not_begun, reason_of
 from workers.host_seat import Seat, status_of
@@ -31,14 +32,16 @@ from workers.job import Job
 from workers.job_state import is_asked_to_cancel
 from workers.memory import Memory, bank_bytes, is_out_of_memory, shape_of
 from workers.packing import CPU_TOKENS, CUDA_TOKENS
-from workers.report import Finished, HostEvent
+from workers.report import Checkpointed, Finished, HostEvent
 from workers.residency import Residency, residency_of
 
 log = logging.getLogger(__name__)
 CANCEL_LOOK_SECONDS = 2.0
 """Time between two looks into the store for requests to cancel, at least."""
-CLAIM_PATIENCE_SECONDS = 0.25
-"""How long `admit` waits for a job's claim; one that takes longer is seated by a later `step`."""
+PATIENCE_SECONDS = 0.25
+"""How long a `step` with nothing to train waits for a claim, or for something to be stored."""
+MAX_STORING = 8
+"""Jobs whose checkpoints or adapters are written at the same time."""
 
 
 class Host(Protocol):
@@ -59,6 +62,8 @@ class Host(Protocol):
     def step(self) -> bool:
         """Do the next pass and what is due after it; False if there is nothing to do (no job, or all wait for an answer).
 
+        What is stored after a step is told by a later one; until then the job rests.
+
         Raises HostBroken if no job can be trained here any more.
         """
         ...
@@ -78,16 +83,6 @@ class Host(Protocol):
     def close(self) -> None:
         """Let go of every job, whatever it was doing; none is told an end."""
         ...
-
-
-@dataclass(eq=False)
-class _Arrival:
-    """A job that has been admitted and has no seat yet."""
-
-    job: Job
-    claim: "Future[Attempt | Finished]"
-    evicted: str | None = None
-    """How it was asked to end meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -117,13 +112,13 @@ class EngineHost:
         max_tokens: int | None = None,
     ) -> None:
         """`memory_limit_bytes` bounds base, banks and passes together (None: what the device has), `max_tokens` each pass."""
-        self._store, self._lease_seconds, self._slots, self._name = store, lease_seconds, slots, name
+        self._store, self._slots, self._name = store, slots, name
         self._device, self._memory_limit_bytes, self._max_tokens = device, memory_limit_bytes, max_tokens
         self._inputs = HostInputs(store, cache_dir, device)
         self._owner = Owner.here()
-        self._claims = ThreadPoolExecutor(slots, "claim")
+        self._line = Line(lambda job: Attempt.begin(store, job, self._owner, lease_seconds), slots)
+        self._storing = ThreadPoolExecutor(min(slots, MAX_STORING), "store")
         self._loaded: _Loaded | None = None
-        self._line: list[_Arrival] = []
         self._seats: list[Seat] = []
         self._tried_alone: set[str] = set()
         self._events: list[HostEvent] = []
@@ -138,21 +133,18 @@ class EngineHost:
         return events
 
     def admit(self, job: Job) -> None:
-        claim = self._claims.submit(Attempt.begin, self._store, job, self._owner, self._lease_seconds)
-        self._line.append(_Arrival(job, claim))
-        wait([claim], CLAIM_PATIENCE_SECONDS)
-        self._seat_arrivals()
+        self._line.add(job)
 
     def step(self) -> bool:
-        cancelled = self._look_for_cancels()
-        seated = self._seat_arrivals()
+        self._wait_where_nothing_runs()
+        changed = [self._look_for_cancels(), self._take_stored(), self._seat_arrivals()]
         ready = [seat for seat in self._seats if seat.may_run]
-        stepped = [seat for seat in self._seats if seat.training.is_done]  # a checkpoint may be that of the last step
+        stepped = [seat for seat in self._seats if seat.has_ended]  # a checkpoint may be that of the last step
         if ready:
             stepped += self._advance(ready)
         self._settle(stepped)
         self._tell_state()
-        return bool(ready or stepped or seated or cancelled)
+        return any(changed) or bool(ready or stepped or self._stores() or self._line.under_way())
 
     def decide(self, job_id: str, go: bool) -> None:
         seat = self._seat_of(job_id)
@@ -160,53 +152,60 @@ class EngineHost:
             return
         seat.waits = False
         if not go:
-            self._guarded(seat.attempt, lambda: self._end(seat, lambda: seat.end("stopped")))
+            self._end(seat, lambda: seat.end("stopped"))
 
     def evict(self, job_id: str, status: str) -> None:
-        for arrival in self._line:
-            if arrival.job.job_id == job_id:
-                arrival.evicted = status
+        self._line.evict(job_id, status)
         self._seat_arrivals()
         seat = self._seat_of(job_id)
         if seat is not None:
-            self._guarded(seat.attempt, lambda: self._end(seat, lambda: seat.leave(status)))
+            self._end(seat, lambda: seat.leave(status))
 
     def close(self) -> None:
         """Let go of what is here, as a process that ends does: its claims are renewed no longer."""
         for seat in self._seats:
             seat.attempt.close()
-        for arrival in self._line:
-            arrival.claim.add_done_callback(_let_go)
-        self._claims.shutdown(wait=False, cancel_futures=True)
-        self._seats, self._line, self._loaded = [], [], None
+        self._line.close()
+        self._storing.shutdown(wait=False, cancel_futures=True)
+        self._seats, self._loaded = [], None
 
     def _seat_of(self, job_id: str) -> Seat | None:
         return next((seat for seat in self._seats if seat.job.job_id == job_id), None)
+
+    def _stores(self) -> list[Future[Checkpointed | Finished]]:
+        return [seat.storing for seat in self._seats if seat.storing is not None]
+
+    def _wait_where_nothing_runs(self) -> None:
+        """Wait a moment for other threads: for all claims, since jobs that begin together stay together, or for one store."""
+        if any(seat.may_run or seat.has_ended for seat in self._seats):
+            return
+        if claims := self._line.under_way():
+            wait(claims, PATIENCE_SECONDS)
+        elif stores := self._stores():
+            wait(stores, PATIENCE_SECONDS, FIRST_COMPLETED)
 
     # Arriving.
 
     def _seat_arrivals(self) -> bool:
         """Seat those whose claim is there and who find room; tell whether anybody left the line."""
         before = len(self._line)
-        for arrival in list(self._line):
-            if arrival.claim.done() and self._receive(arrival):
+        for arrival in self._line.claimed():
+            if self._receive(arrival):
                 self._line.remove(arrival)
         return len(self._line) < before
 
-    def _receive(self, arrival: _Arrival) -> bool:
+    def _receive(self, arrival: Arrival) -> bool:
         """Seat a job, or tell why it will not be; False if it has to wait."""
-        job_id = arrival.job.job_id
         try:
             begun = arrival.claim.result()
         except Exception as error:  # a store that does not answer, a claim that is held, a state that cannot be read
-            self._events.append(Finished(job_id, "failed", reason_not_begun(error)))
-            return True
+            begun = Finished(arrival.job.job_id, "failed", reason_not_begun(error))
         if isinstance(begun, Finished):
-            self._events.append(begun)
+            self._note_end(begun)
             return True
         if arrival.evicted is not None:
             status = status_of(arrival.evicted)
-            return self._guarded(begun, lambda: self._events.append(begun.end(status)))
+            return self._guarded(begun, lambda: self._note_end(begun.end(status)))
         if self._seats and (self._loaded is None or self._loaded.residency != residency_of(arrival.job)):
             return False
         return self._guarded(begun, lambda: self._take_seat(arrival.job, begun))
@@ -275,7 +274,7 @@ class EngineHost:
         for seat, result in outcome.done.items():
             self._guarded(seat.attempt, lambda seat=seat, result=result: seat.take_step(result))  # type: ignore[misc]
             if seat.training.has_diverged:
-                self._guarded(seat.attempt, lambda seat=seat: self._end(seat, seat.diverge))  # type: ignore[misc]
+                self._end(seat, seat.diverge)
         self._take_failures(outcome.failed)
         return [seat for seat in outcome.done if seat in self._seats]
 
@@ -295,12 +294,33 @@ class EngineHost:
                 self._guarded(seat.attempt, lambda seat=seat: self._conclude(seat, seat in evaluated))  # type: ignore[misc]
 
     def _conclude(self, seat: Seat, evaluated: bool) -> None:
+        """Have the job's end or a checkpoint stored, if one is due; the job rests while another thread does it."""
         if seat.training.is_done:
-            self._end(seat, lambda: seat.finish(self._store))
+            seat.storing = self._storing.submit(seat.finishing(self._store))
             return
         if evaluated or seat.training.checkpoint_is_due:
-            seat.save()
+            seat.storing = self._storing.submit(seat.saving())
         seat.waits = evaluated
+
+    def _take_stored(self) -> bool:
+        """Tell of checkpoints and ends that are stored by now; tell whether there was one."""
+        stored = [seat for seat in self._seats if seat.storing is not None and seat.storing.done()]
+        for seat in stored:
+            self._take_result(seat)
+        return bool(stored)
+
+    def _take_result(self, seat: Seat) -> None:
+        """Tell of what is being stored for a job, waiting for it if need be."""
+        storing, seat.storing = seat.storing, None
+        if storing is not None:
+            self._guarded(seat.attempt, lambda: self._note(seat, storing.result()))
+
+    def _note(self, seat: Seat, event: Checkpointed | Finished) -> None:
+        if isinstance(event, Finished):
+            self._note_end(event)
+            self._clear(seat.attempt)
+        else:
+            self._tell(event)
 
     def _take_failures(self, failed: dict[Seat, Exception]) -> None:
         """End the jobs that a pass failed for; one that is poisoned is tried once more first, alone, from its last checkpoint."""
@@ -326,7 +346,7 @@ class EngineHost:
         self._looked = now
         asked = [seat for seat in self._seats if self._is_asked_to_cancel(seat)]
         for seat in asked:
-            self._guarded(seat.attempt, lambda seat=seat: self._end(seat, lambda: seat.leave("cancelled")))  # type: ignore[misc]
+            self._end(seat, lambda seat=seat: seat.leave("cancelled"))  # type: ignore[misc]
         return bool(asked)
 
     def _is_asked_to_cancel(self, seat: Seat) -> bool:
@@ -343,8 +363,10 @@ class EngineHost:
     # Ending.
 
     def _end(self, seat: Seat, commit: Callable[[], Finished]) -> None:
-        self._note_end(commit())
-        self._clear(seat.attempt)
+        """Have a job end here, after what is being stored for it."""
+        self._take_result(seat)
+        if seat in self._seats:
+            self._guarded(seat.attempt, lambda: self._note(seat, commit()))
 
     def _clear(self, attempt: Attempt) -> None:
         """Free the seat of an attempt that has ended, if it has one; nobody else notices."""
@@ -386,9 +408,3 @@ class EngineHost:
     def _note_end(self, ended: Finished) -> None:
         self._tried_alone.discard(ended.job_id)
         self._events.append(ended)
-
-
-def _let_go(claim: "Future[Attempt | Finished]") -> None:
-    """Renew a claim no longer that came when its host had closed."""
-    if not claim.cancelled() and claim.exception() is None and isinstance(begun := claim.result(), Attempt):
-        begun.close()

@@ -108,6 +108,11 @@ class Passes:
         self._num_passes = self._pass_tokens = self._tokens_since_told = 0
         self._told = time.monotonic()
 
+    @property
+    def num_passes(self) -> int:
+        """Passes since the base was loaded."""
+        return self._num_passes
+
     def change(self, seats: Sequence[Seat]) -> None:
         """Take note that jobs joined or left."""
         present = {seat.job.job_id for seat in seats}

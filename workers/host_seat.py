@@ -6,12 +6,13 @@ Everything of one job stands here, so that what goes wrong with it stays with it
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from infra.crashpoints import crashpoint
 from infra.storage import Storage
 from infra.tracking import Point
-from workers.adapter import build_adapter
+from workers.adapter import Adapter, build_adapter
 from workers.adapter_store import manifest_body, store_adapter
 from workers.attempt import Attempt
 from workers.checkpoint import Checkpoint
@@ -22,7 +23,7 @@ from workers.engine.training import MAX_SKIPPED_STEPS, StepResult, Training
 from workers.evaluate import answer_metrics, answer_rows
 from workers.job import Job
 from workers.packing import Candidate
-from workers.report import Evaluated, Finished, HostEvent, JobStatus, Progress
+from workers.report import Checkpointed, Evaluated, Finished, HostEvent, JobStatus, Progress
 
 log = logging.getLogger(__name__)
 PROGRESS_SECONDS = 0.25
@@ -42,13 +43,20 @@ class Seat:
     """Whether it shares no pass with others."""
     waits: bool = False
     """Whether an evaluation of it awaits its answer."""
+    storing: "Future[Checkpointed | Finished] | None" = None
+    """What is being written for it by another thread; nothing else touches its attempt meanwhile."""
     _reported: float = field(default=0.0)
     _tokens_since_report: int = 0
 
     @property
     def may_run(self) -> bool:
         """Whether a micro-batch of it may run now."""
-        return not self.waits and not self.training.is_done
+        return not self.waits and self.storing is None and not self.training.is_done
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether it has done all its steps, and its end is not being stored yet."""
+        return self.training.is_done and self.storing is None
 
     @property
     def candidate(self) -> Candidate:
@@ -78,14 +86,15 @@ class Seat:
         self.attempt.note(_points(metrics, self.training.step))
         self.tell(Evaluated(self.job.job_id, self.training.step, metrics, final=self.training.is_done))
 
-    def save(self) -> None:
-        """Make everything up to this step safe."""
-        self.tell(self.attempt.save(Checkpoint(*self.training.state()), self.training.step))
+    def saving(self) -> Callable[[], Checkpointed]:
+        """Return what makes everything up to this step safe; it may run in another thread."""
+        checkpoint, step = Checkpoint(*self.training.state()), self.training.step
+        return lambda: self.attempt.save(checkpoint, step)
 
     def leave(self, status: str) -> Finished:
         """End it here before its time: "preempted" (after a checkpoint) or "cancelled"."""
         if status == "preempted" and self.training.step > 0:
-            self.save()
+            self.tell(self.saving()())
         return self.end(status_of(status))
 
     def end(self, status: JobStatus, reason: str = "") -> Finished:
@@ -97,20 +106,28 @@ class Seat:
         steps = f"{MAX_SKIPPED_STEPS} steps in a row"
         return self.end("failed", f"non_finite: loss or gradient was not finite in {steps}; lower learning_rate.")
 
-    def finish(self, store: Storage) -> Finished:
-        """Store the kept weights as an adapter, its manifest after it, and commit the job."""
+    def finishing(self, store: Storage) -> Callable[[], Finished]:
+        """Return what stores the kept weights as an adapter, its manifest after it, and commits the job.
+
+        It may run in another thread: what the base is needed for has been done before.
+        """
         training, job, base = self.training, self.job, self.training.base
-        metrics = training.kept_metrics()
         if not has_effect(base, training.kept_factors(), training.train[0], training.kept_head() or None):
-            return self.end("failed", "no_effect: the trained adapter does not change the base's logits; raise learning_rate.")
-        metrics |= self._answer_metrics(base)
+            reason = "no_effect: the trained adapter does not change the base's logits; raise learning_rate."
+            return lambda: self.end("failed", reason)
+        metrics = training.kept_metrics() | self._answer_metrics(base)
         self.attempt.note(_points({f"final/{name}": value for name, value in metrics.items()}, training.step))
         name_or_path = job.spec.base_model.name_or_path
         adapter = build_adapter(job.spec.peft, base.model, training.kept_tensors(), name_or_path, job.labels)
-        adapter_id = store_adapter(store, job.tenant, job.base.base_id, adapter, manifest_body(job, metrics) | self._remarks())
-        standing = training.standing
-        best_step = standing.best_step if training.keeps_best else standing.step
-        return self.attempt.succeed(adapter_id, metrics, standing.step, best_step, standing.num_tokens, remarks=self._remarks())
+        return lambda: self._commit(store, adapter, metrics)
+
+    def _commit(self, store: Storage, adapter: Adapter, metrics: Mapping[str, float]) -> Finished:
+        job, standing = self.job, self.training.standing
+        manifest = manifest_body(job, metrics) | self._remarks()
+        adapter_id = store_adapter(store, job.tenant, job.base.base_id, adapter, manifest)
+        best_step = standing.best_step if self.training.keeps_best else standing.step
+        steps, tokens = standing.step, standing.num_tokens
+        return self.attempt.succeed(adapter_id, metrics, steps, best_step, tokens, remarks=self._remarks())
 
     def _remarks(self) -> dict[str, int]:
         """Return what a reader of record and manifest must know of how it was trained: smaller micro-batches than asked for."""

@@ -9,7 +9,7 @@ from infra.storage import Storage
 from infra.strict import parse
 from workers.host import EngineHost
 from workers.job import Job
-from workers.report import Evaluated, Finished, JobEvent, PackState
+from workers.report import Evaluated, Finished, HostEvent, JobEvent, PackState
 from workers.resolve import Resolver
 from workers.spec import JobSpec
 
@@ -69,9 +69,9 @@ class Ground:
 
 
 def drive(host: EngineHost, *jobs: Job, stop_at: int | None = None) -> list[JobEvent]:
-    """Step a host until the jobs have ended (or it has done `stop_at` pieces of work), answering go to every evaluation."""
+    """Step a host until the jobs have ended (or it has done `stop_at` passes), answering go to every evaluation."""
     events: list[JobEvent] = []
-    done, open_jobs = 0, {job.job_id for job in jobs}
+    open_jobs = {job.job_id for job in jobs}
     while True:
         for event in host.report():
             if isinstance(event, PackState):
@@ -81,7 +81,13 @@ def drive(host: EngineHost, *jobs: Job, stop_at: int | None = None) -> list[JobE
                 host.decide(event.job_id, True)
             if isinstance(event, Finished):
                 open_jobs.discard(event.job_id)
-        if not open_jobs or done == stop_at:
+        if not open_jobs or (host._loaded is not None and host._loaded.passes.num_passes == stop_at):
             return events
         host.step()
-        done += 1
+
+
+def drain(host: EngineHost) -> list[HostEvent]:
+    """Step a host until it has nothing to do: all its jobs have ended or wait for an answer."""
+    while host.step():
+        pass
+    return host.report()

@@ -1,6 +1,7 @@
 """Many jobs on one host: each ends as if it were alone, whatever happens to the others."""
 
 from collections.abc import Iterator, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import torch
 from infra.claims import Owner
 from infra.errors import BadInput
 from infra.records import decode_record
-from tests.workers.jobs import Ground, drive
+from tests.workers.jobs import Ground, drain, drive
 from workers import layout
 from workers.attempt import RECORD_FORMAT, Attempt
 from workers.engine.pack import Pack
@@ -73,6 +74,7 @@ def admitted(ground: Ground, jobs: Sequence[Job], **options: Any) -> EngineHost:
     host = ground.host(**options)
     for job in jobs:
         host.admit(job)
+    wait(host._line.under_way(), 2.0)  # so that they begin together
     return host
 
 
@@ -128,17 +130,13 @@ def test_evaluations_of_a_pack_are_done_together_and_each_job_waits_for_its_own_
     monkeypatch.setattr(Pack, "evaluate", lambda self, ones: measured.append(len(ones)) or evaluate(self, ones))
     jobs = [ground.job(training={"seed": seed}) for seed in range(3)]
     host = admitted(ground, jobs)
-    while host.step():
-        pass
-    told = host.report()
+    told = drain(host)
     assert {event.job_id for event in told if isinstance(event, Evaluated)} == {job.job_id for job in jobs}
     assert measured == [3]
     host.decide(jobs[1].job_id, False)
     assert ends(host.report())[jobs[1].job_id].status == "stopped"
     host.decide(jobs[0].job_id, True)
-    while host.step():
-        pass
-    assert {event.job_id for event in host.report() if isinstance(event, Evaluated)} == {jobs[0].job_id}
+    assert {event.job_id for event in drain(host) if isinstance(event, Evaluated)} == {jobs[0].job_id}
 
 
 def test_a_place_that_is_freed_is_filled_at_once(ground: Ground) -> None:
@@ -204,7 +202,7 @@ def test_a_host_on_which_every_job_raises_is_given_up_instead_of_the_jobs(
     fail_passes(monkeypatch, lambda ones: RuntimeError("CUDA error: device-side assert triggered"))
     host = admitted(ground, [ground.job(training={"seed": seed}) for seed in range(2)])
     with pytest.raises(HostBroken, match="device-side assert"):
-        host.step()
+        drain(host)
     assert not ends(host.report())
     host.close()
 
@@ -257,6 +255,7 @@ def test_a_job_that_finds_no_memory_even_row_by_row_fails_with_what_to_lower(
 def limit_for(ground: Ground, job: Job, tokens: int) -> int:
     """Return a limit that holds the base, one adapter like this job's (of a rank that fills its bucket), and so many tokens."""
     host = admitted(ground, [job])
+    drive(host, job, stop_at=1)
     assert host._loaded is not None
     shape, (training,) = host._loaded.memory.shape, host._loaded.pack.trainings
     banks = bank_bytes(sum(tensor.numel() for tensor in training.kept_tensors().values()))
@@ -273,7 +272,7 @@ def wide(ground: Ground, seed: int) -> Job:
 def test_a_job_that_cannot_fit_is_refused_by_the_memory_model_before_it_trains(ground: Ground) -> None:
     job = wide(ground, 0)
     host = admitted(ground, [job], memory_limit_bytes=limit_for(ground, job, tokens=20))
-    assert ends(host.report())[job.job_id].reason.startswith("out_of_memory: ")
+    assert ends(drain(host))[job.job_id].reason.startswith("out_of_memory: ")
 
 
 def test_jobs_that_do_not_fit_together_wait_for_each_other(ground: Ground, tmp_path: Path) -> None:
@@ -281,6 +280,7 @@ def test_jobs_that_do_not_fit_together_wait_for_each_other(ground: Ground, tmp_p
     expected = alone(ground, jobs, tmp_path / "alone")
     host = admitted(ground, jobs, memory_limit_bytes=limit_for(ground, jobs[0], tokens=100))
     assert host.num_free == 16 - 3
+    drive(host, *jobs, stop_at=1)
     assert len(host._seats) == 1
     found = ends(drive(host, *jobs))
     assert [found[job.job_id].adapter_id for job in jobs] == [expected[job.job_id].adapter_id for job in jobs]
@@ -299,10 +299,12 @@ def test_a_claim_that_is_held_elsewhere_does_not_stop_the_pack(ground: Ground) -
     held, free = ground.job(training={"seed": 1}), ground.job(training={"seed": 2, "eval_steps": None})
     owner = Attempt.begin(ground.store, held, Owner.here(), 5.0)
     assert isinstance(owner, Attempt)
-    host = admitted(ground, [held, free])
-    assert ends(drive(host, free))[free.job_id].status == "succeeded"
-    end = ends(drive(host, held))[held.job_id]
-    assert end.reason.startswith("held")
+    host = ground.host()
+    host.admit(held)
+    host.admit(free)
+    found = ends(drive(host, held, free))
+    assert found[free.job_id].status == "succeeded"
+    assert found[held.job_id].reason.startswith("held")
     owner.close()
 
 
@@ -310,7 +312,8 @@ def test_a_job_that_still_waits_for_its_seat_can_be_evicted(ground: Ground) -> N
     held = ground.job(training={"seed": 1})
     owner = Attempt.begin(ground.store, held, Owner.here(), 5.0)
     assert isinstance(owner, Attempt)
-    host = admitted(ground, [held])
+    host = ground.host()
+    host.admit(held)
     host.evict(held.job_id, "cancelled")
     owner.end("preempted")
     assert ends(drive(host, held))[held.job_id].status == "cancelled"
@@ -335,12 +338,12 @@ def test_a_host_tells_of_its_pack(ground: Ground, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("workers.host_passes.TELL_SECONDS", 0.0)
     jobs = [ground.job(training={"seed": seed, "eval_steps": None}) for seed in range(2)]
     host = admitted(ground, jobs, name="host-7", max_tokens=10_000)
-    host.step()
-    (state,) = [event for event in host.report() if isinstance(event, PackState)]
-    assert state.host == "host-7"
-    assert set(state.job_ids) == {job.job_id for job in jobs}
-    assert 0 < state.pass_tokens <= state.budget_tokens
-    assert state.num_passes == 1
+    states = [event for event in drain(host) if isinstance(event, PackState)]
+    assert {state.host for state in states} == {"host-7"}
+    assert set(states[-2].job_ids) <= {job.job_id for job in jobs}
+    assert any(set(state.job_ids) == {job.job_id for job in jobs} for state in states)
+    assert all(0 < state.pass_tokens <= state.budget_tokens for state in states)
+    assert [state.num_passes for state in states] == sorted(state.num_passes for state in states)
 
 
 def test_jobs_checkpoint_each_at_its_own_steps(ground: Ground) -> None:
