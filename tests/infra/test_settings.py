@@ -94,3 +94,12 @@ def test_printed_settings_hold_no_passwords(tmp_path: Path) -> None:
     assert printed["tracking_uri"] == "http://user:***@mlflow:5000"
     assert printed["study_storage"] == "postgresql://optuna:***@db/studies"
     assert printed["home"] == str(tmp_path / ".lorafleet")
+
+
+def test_whole_numbers_come_from_the_environment_too_and_others_are_refused(tmp_path: Path) -> None:
+    settings = load_settings(tmp_path, {"LORAFLEET_SLOTS_PER_HOST": "4", "LORAFLEET_MEMORY_LIMIT_BYTES": "1000000"})
+    assert (settings.slots_per_host, settings.memory_limit_bytes) == (4, 1_000_000)
+    assert (load_settings(tmp_path, {}).slots_per_host, load_settings(tmp_path, {}).memory_limit_bytes) == (16, None)
+    for value in ("0", "2.5", "many"):
+        with pytest.raises(BadInput, match="LORAFLEET_SLOTS_PER_HOST"):
+            load_settings(tmp_path, {"LORAFLEET_SLOTS_PER_HOST": value})
