@@ -98,7 +98,8 @@ class LocalStorage:
         with self._translated(key), self._locked(key):
             if _stat(path) is not None:
                 path.unlink()
-                _sync_folder(path.parent)
+                with contextlib.suppress(FileNotFoundError):  # somebody deleted the last neighbour, and the folder with it
+                    _sync_folder(path.parent)
             self._notes_path(key).unlink(missing_ok=True)
             _remove_empty_folders(path.parent, self.root)
             _remove_empty_folders(self._notes_path(key).parent, self.root / HIDDEN)

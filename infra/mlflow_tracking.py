@@ -98,6 +98,14 @@ class MlflowTracker:
         runs = self._search(f"tags.`lorafleet.sweep` = {quoted(sweep)}")
         return sorted({run.data.tags["lorafleet.key"] for run in runs if run.info.status in ("RUNNING", "SCHEDULED")})
 
+    def open_statuses(self) -> dict[str, str]:
+        found: dict[str, str] = {}
+        for mlflows, ours in (("SCHEDULED", "preempted"), ("RUNNING", "running")):
+            for run in self._search(f"attributes.status = {quoted(mlflows)}"):
+                if "lorafleet.key" in run.data.tags:
+                    found[run.data.tags["lorafleet.key"]] = ours
+        return found
+
     def _create(self, run: RunStart, tags: Mapping[str, str]) -> Run:
         experiment_id = self._experiment_id(run.experiment)
         with self._mlflow.client() as client:

@@ -94,6 +94,13 @@ class Tracker(Protocol):
         """Keys, sorted, of the runs tagged lorafleet.sweep=`sweep` that the tracker does not show as ended."""
         ...
 
+    def open_statuses(self) -> dict[str, str]:
+        """Status by key of all runs of ours that the tracker does not show as ended, whoever's they are.
+
+        A status is "running", or another of OPEN_STATUSES for a run that waits.
+        """
+        ...
+
 
 def without_credentials(uri: str) -> str:
     """Return `uri` without user name, password and query, as it may stand in a message."""
@@ -182,6 +189,10 @@ class LocalTracker:
         return sorted(
             body["key"] for body in bodies if body["tags"].get("lorafleet.sweep") == sweep and body["status"] in OPEN_STATUSES
         )
+
+    def open_statuses(self) -> dict[str, str]:
+        bodies = [json.loads(path.read_bytes()) for path in self._folder.glob("*/run.json")]
+        return {body["key"]: body["status"] for body in bodies if body["status"] in OPEN_STATUSES}
 
     def read(self, key: str) -> dict[str, Any]:
         """Return what is known of a run: the fields of RunStart, `status`, and `points` as [metric, value, step, time_ms]."""

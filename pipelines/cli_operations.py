@@ -69,10 +69,10 @@ def jobs_cancel(job: JobArgument, as_json: JsonOption = False) -> None:
 
 @app.command()
 def reconcile(
-    fix: Annotated[bool, typer.Option("--fix", help="Make MLflow and hints equal to the store.")] = False,
+    fix: Annotated[bool, typer.Option("--fix", help="Mend what can be mended; the store's journal wins.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Compare what MLflow shows with the store. Exit code 1 if something differs and was not fixed."""
+    """Compare MLflow, and what killed processes left, with the store. Exit code 1 if something differs and was not fixed."""
     workspace = announced()
     services = workspace.services
     found = load("pipelines.reconcile").reconcile(workspace.store, services.registry(), services.tracker(), fix=fix)

@@ -15,7 +15,7 @@ import contextlib
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from infra.claims import read_document
@@ -23,7 +23,7 @@ from infra.crashpoints import crashpoint
 from infra.errors import BadInput, ConditionFailed, ObjectNotFound, WorkFailed
 from infra.records import decode_record, encode_record
 from infra.storage import ObjectInfo, Storage
-from pipelines.reachable import SILENT_SECONDS, JobKey, Reach, local_time, reach_of, store_time
+from pipelines.reachable import SILENT_SECONDS, JobKey, Reach, Survey, local_time, reach_of, store_time, take_survey
 from sweeps.run import CLAIM_FORMAT
 from sweeps.spec import parse_duration
 from workers import layout
@@ -91,52 +91,34 @@ class Plan:
         return sum(one.num_bytes for one in self.garbage)
 
 
-@dataclass
-class _Listing:
-    """The objects of a store by what they belong to."""
-
-    all: list[ObjectInfo] = field(default_factory=list)
-    attempts: dict[tuple[str, str, str, int], list[ObjectInfo]] = field(default_factory=lambda: defaultdict(list))
-    files: dict[AdapterRef, list[ObjectInfo]] = field(default_factory=lambda: defaultdict(list))
-    manifests: dict[AdapterRef, ObjectInfo] = field(default_factory=dict)
-    tombstones: dict[AdapterRef, ObjectInfo] = field(default_factory=dict)
-    uploads: dict[tuple[str, str], list[ObjectInfo]] = field(default_factory=lambda: defaultdict(list))
-    requests: list[ObjectInfo] = field(default_factory=list)
-
-
 def collect(store: Storage, *, older_than_seconds: float = GRACE_SECONDS, delete: bool = False) -> Plan:
     """Return what nothing refers to and is older than the grace; with `delete` remove it. May be repeated, also beside itself.
 
     Raises ServiceUnavailable if the store does not answer; what was removed before stays so.
     """
     if not delete:
-        return plan(store, older_than_seconds=older_than_seconds, now=local_time())
-    found = plan(store, older_than_seconds=older_than_seconds, now=store_time(store))
-    done = Plan(carry_out(store, found.garbage, older_than_seconds, store_time(store)), found.notes)
-    if any(one.kind == "adapter" for one in done.garbage):  # a job or a promotion may have been faster: look once more
-        again = plan(store, older_than_seconds=older_than_seconds, now=store_time(store))
+        return plan(store, take_survey(store), older_than_seconds=older_than_seconds, now=local_time())
+    found = plan(store, take_survey(store), older_than_seconds=older_than_seconds, now=store_time(store))
+    done = carry_out(store, found.garbage, older_than_seconds, store_time(store))
+    if any(one.kind == "adapter" for one in done):  # a job or a promotion may have been faster: look once more
+        again = plan(store, take_survey(store), older_than_seconds=older_than_seconds, now=store_time(store))
         restored = [one for one in again.garbage if one.kind == "restore"]
-        done.garbage.extend(carry_out(store, restored, older_than_seconds, store_time(store)))
-    return done
+        done += carry_out(store, restored, older_than_seconds, store_time(store))
+    return Plan(done, found.notes)
 
 
-def plan(store: Storage, *, older_than_seconds: float, now: float) -> Plan:
-    """Return what may be removed at the store's time `now`; nothing is changed.
-
-    Objects are listed first and records read afterwards, so that what was referred to meanwhile is seen.
-    """
-    listing = _list(store)
-    reach = reach_of(store, listing.all)
+def plan(store: Storage, survey: Survey, *, older_than_seconds: float, now: float) -> Plan:
+    """Return what may be removed at the store's time `now`; nothing is changed."""
+    reach = survey.reach
     garbage = [
-        *_attempts(listing, reach, older_than_seconds, now),
-        *_uploads(store, listing, max(older_than_seconds, SILENT_SECONDS), now),
-        *_requests(store, listing, reach, older_than_seconds, now),
+        *_attempts(survey, older_than_seconds, now),
+        *_uploads(store, survey, max(older_than_seconds, SILENT_SECONDS), now),
+        *_requests(store, survey, older_than_seconds, now),
     ]
     notes = [f"{why} Nothing that it may refer to is removed." for why in reach.unreadable.values()]
     if reach.unreadable:
         return Plan([one for one in garbage if one.kind != "attempt" or _is_sure(reach, one)], notes)
-    garbage += _adapters(store, listing, reach, older_than_seconds, now)
-    return Plan(garbage, notes)
+    return Plan([*garbage, *_adapters(store, survey, older_than_seconds, now)], notes)
 
 
 def _is_sure(reach: Reach, one: Garbage) -> bool:
@@ -144,41 +126,17 @@ def _is_sure(reach: Reach, one: Garbage) -> bool:
     return not any(key.startswith(layout.tenant(one.parts[0])) for key in reach.unreadable)
 
 
-def _list(store: Storage) -> _Listing:
-    listing = _Listing()
-    for info in store.list(""):
-        listing.all.append(info)
-        _place(listing, info)
-    return listing
-
-
-def _place(listing: _Listing, info: ObjectInfo) -> None:
-    match info.key.split("/"):
-        case ["tenants", tenant, base_id, "jobs", job_id, "attempts", epoch, *_] if epoch.isdecimal():
-            listing.attempts[tenant, base_id, job_id, int(epoch)].append(info)
-        case ["tenants", tenant, base_id, "adapters", adapter_id, _]:
-            listing.files[AdapterRef(tenant, base_id, adapter_id)].append(info)
-        case ["tenants", tenant, base_id, "manifests", _] if (parts := layout.parts_of_manifest(info.key)) is not None:
-            listing.manifests[AdapterRef(*parts)] = info
-        case ["tenants", tenant, base_id, "tombstones", name]:
-            listing.tombstones[AdapterRef(tenant, base_id, name.removesuffix(".json"))] = info
-        case ["bases", base_id, "files", set_id, _]:
-            listing.uploads[base_id, set_id].append(info)
-        case ["tenants", _, _, "jobs", _, "cancel.json"] | ["tenants", _, "sweeps", _, "packs.json"] | ["probes", _]:
-            listing.requests.append(info)
-
-
 def _is_old(infos: Sequence[ObjectInfo], older_than_seconds: float, now: float) -> bool:
     return all(now - info.modified >= older_than_seconds for info in infos)
 
 
-def _attempts(listing: _Listing, reach: Reach, older_than_seconds: float, now: float) -> Iterator[Garbage]:
+def _attempts(survey: Survey, older_than_seconds: float, now: float) -> Iterator[Garbage]:
     """Objects of attempts that no record names, of epochs that nobody writes under any more."""
     by_job: dict[JobKey, list[ObjectInfo]] = defaultdict(list)
-    for (tenant, base_id, job_id, epoch), infos in listing.attempts.items():
-        if _is_over(reach, (tenant, base_id, job_id), epoch, now):
+    for (tenant, base_id, job_id, epoch), infos in survey.attempts.items():
+        if _is_over(survey.reach, (tenant, base_id, job_id), epoch, now):
             by_job[tenant, base_id, job_id] += [
-                info for info in infos if not reach.refers_to(info.key) and _is_old([info], older_than_seconds, now)
+                info for info in infos if not survey.reach.refers_to(info.key) and _is_old([info], older_than_seconds, now)
             ]
     for job, infos in by_job.items():
         if infos:
@@ -193,8 +151,8 @@ def _is_over(reach: Reach, job: JobKey, epoch: int, now: float) -> bool:
     return epoch < state.document.epoch or not state.is_owned(now)
 
 
-def _uploads(store: Storage, listing: _Listing, older_than_seconds: float, now: float) -> Iterator[Garbage]:
-    for (base_id, set_id), infos in listing.uploads.items():
+def _uploads(store: Storage, survey: Survey, older_than_seconds: float, now: float) -> Iterator[Garbage]:
+    for (base_id, set_id), infos in survey.uploads.items():
         try:
             listed = read_listing(store, base_id)
         except (BadInput, WorkFailed):
@@ -203,9 +161,9 @@ def _uploads(store: Storage, listing: _Listing, older_than_seconds: float, now: 
             yield Garbage("upload", base_id, tuple(infos), (base_id, set_id))
 
 
-def _requests(store: Storage, listing: _Listing, reach: Reach, older_than_seconds: float, now: float) -> Iterator[Garbage]:
-    for info in listing.requests:
-        if _is_old([info], older_than_seconds, now) and _is_left_behind(store, info.key, reach, now):
+def _requests(store: Storage, survey: Survey, older_than_seconds: float, now: float) -> Iterator[Garbage]:
+    for info in survey.requests:
+        if _is_old([info], older_than_seconds, now) and _is_left_behind(store, info.key, survey.reach, now):
             yield Garbage("request", info.key, (info,))
 
 
@@ -228,20 +186,21 @@ def _is_undriven(store: Storage, tenant: str, name: str) -> bool:
     return found is None or found.owner is None or found.owner.is_certainly_dead()
 
 
-def _adapters(store: Storage, listing: _Listing, reach: Reach, older_than_seconds: float, now: float) -> Iterator[Garbage]:
+def _adapters(store: Storage, survey: Survey, older_than_seconds: float, now: float) -> Iterator[Garbage]:
+    reach = survey.reach
     busy = {(tenant, base_id) for (tenant, base_id, _), state in reach.states.items() if state is None or state.is_owned(now)}
-    for ref, info in listing.manifests.items():
+    for ref, info in survey.manifests.items():
         if (
             ref.adapter_id not in reach.ids
             and _is_old([info], older_than_seconds, now)
             and _is_made_by_ended_job(store, ref, reach, now)
         ):
             yield Garbage("adapter", ref.adapter_id, (info,), ref)
-    for ref, info in listing.tombstones.items():
-        yield from _of_tombstone(listing, reach, ref, info, older_than_seconds, now)
-    for ref, infos in listing.files.items():
+    for ref, info in survey.tombstones.items():
+        yield from _of_tombstone(survey, ref, info, older_than_seconds, now)
+    for ref, infos in survey.files.items():
         wait = max(older_than_seconds, SILENT_SECONDS) if ref[:2] in busy else older_than_seconds
-        is_stray = ref not in listing.manifests and ref not in listing.tombstones and ref.adapter_id not in reach.ids
+        is_stray = ref not in survey.manifests and ref not in survey.tombstones and ref.adapter_id not in reach.ids
         if is_stray and _is_old(infos, wait, now):
             yield Garbage("files", ref.adapter_id, tuple(infos), ref)
 
@@ -256,18 +215,16 @@ def _is_made_by_ended_job(store: Storage, ref: AdapterRef, reach: Reach, now: fl
     return job_id is not None and (state is None or not state.is_owned(now))
 
 
-def _of_tombstone(
-    listing: _Listing, reach: Reach, ref: AdapterRef, info: ObjectInfo, older_than_seconds: float, now: float
-) -> Iterator[Garbage]:
+def _of_tombstone(survey: Survey, ref: AdapterRef, info: ObjectInfo, older_than_seconds: float, now: float) -> Iterator[Garbage]:
     if (
-        ref in listing.manifests
+        ref in survey.manifests
     ):  # it was made again; or a gc was killed here, or is at it, and then the adapter is no longer named
-        if ref.adapter_id in reach.ids and _is_old([info], max(older_than_seconds, SILENT_SECONDS), now):
+        if ref.adapter_id in survey.reach.ids and _is_old([info], max(older_than_seconds, SILENT_SECONDS), now):
             yield Garbage("request", info.key, (info,))
-    elif ref.adapter_id in reach.ids:
+    elif ref.adapter_id in survey.reach.ids:
         yield Garbage("restore", ref.adapter_id, (info,), ref)
     elif _is_old([info], older_than_seconds, now):
-        yield Garbage("tombstone", ref.adapter_id, (*listing.files.get(ref, []), info), ref)
+        yield Garbage("tombstone", ref.adapter_id, (*survey.files.get(ref, []), info), ref)
 
 
 def carry_out(store: Storage, garbage: Sequence[Garbage], older_than_seconds: float, now: float) -> list[Garbage]:

@@ -8,6 +8,7 @@ nothing is missed because a list of such places was not kept up. A record that c
 import re
 import time
 import uuid
+from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from infra.errors import BadInput, ObjectNotFound, WorkFailed
 from infra.storage import ObjectInfo, Storage
 from workers import layout
 from workers.job_state import STATE_FORMAT
+from workers.manifests import AdapterRef
 
 NUM_READERS = 16
 SILENT_SECONDS = 3600.0
@@ -36,7 +38,7 @@ class Reach:
     """Ids in records, and adapters that have evidence."""
     keys: set[str] = field(default_factory=set)
     """Keys in records, and prefixes, which end in a slash."""
-    states: dict[JobKey, "JobState | None"] = field(default_factory=dict)
+    states: dict[JobKey, "ClaimState | None"] = field(default_factory=dict)
     """The jobs of the store; None for a state that cannot be read."""
     unreadable: dict[str, str] = field(default_factory=dict)
     """Why a record could not be read, by key."""
@@ -47,8 +49,8 @@ class Reach:
 
 
 @dataclass(frozen=True)
-class JobState:
-    """A job's state as it was read."""
+class ClaimState:
+    """A claim (a job's state, a sweep's) as it was read."""
 
     document: Document
     modified: float
@@ -57,6 +59,53 @@ class JobState:
         """Tell whether its owner may be alive; `now` is the store's time."""
         owner = self.document.owner
         return owner is not None and not owner.is_certainly_dead() and now - self.modified <= silent_seconds
+
+
+@dataclass
+class Survey:
+    """The objects of a store by what they belong to, and what its records refer to."""
+
+    objects: list[ObjectInfo] = field(default_factory=list)
+    attempts: dict[tuple[str, str, str, int], list[ObjectInfo]] = field(default_factory=lambda: defaultdict(list))
+    """By tenant, base, job and epoch."""
+    files: dict[AdapterRef, list[ObjectInfo]] = field(default_factory=lambda: defaultdict(list))
+    manifests: dict[AdapterRef, ObjectInfo] = field(default_factory=dict)
+    tombstones: dict[AdapterRef, ObjectInfo] = field(default_factory=dict)
+    uploads: dict[tuple[str, str], list[ObjectInfo]] = field(default_factory=lambda: defaultdict(list))
+    """By base and set."""
+    requests: list[ObjectInfo] = field(default_factory=list)
+    """What is put for a moment: wishes to cancel, views of packs, probes."""
+    sweeps: list[tuple[str, str]] = field(default_factory=list)
+    """(tenant, name)."""
+    reach: Reach = field(default_factory=Reach)
+
+
+def take_survey(store: Storage) -> Survey:
+    """List a store, then read its records: what was referred to meanwhile is seen. Raises ServiceUnavailable."""
+    found = Survey()
+    for info in store.list(""):
+        found.objects.append(info)
+        _place(found, info)
+    found.reach = reach_of(store, found.objects)
+    return found
+
+
+def _place(found: Survey, info: ObjectInfo) -> None:
+    match info.key.split("/"):
+        case ["tenants", tenant, base_id, "jobs", job_id, "attempts", epoch, *_] if epoch.isdecimal():
+            found.attempts[tenant, base_id, job_id, int(epoch)].append(info)
+        case ["tenants", tenant, base_id, "adapters", adapter_id, _]:
+            found.files[AdapterRef(tenant, base_id, adapter_id)].append(info)
+        case ["tenants", _, _, "manifests", _] if (parts := layout.parts_of_manifest(info.key)) is not None:
+            found.manifests[AdapterRef(*parts)] = info
+        case ["tenants", tenant, base_id, "tombstones", name]:
+            found.tombstones[AdapterRef(tenant, base_id, name.removesuffix(".json"))] = info
+        case ["tenants", tenant, "sweeps", name, "sweep.json"]:
+            found.sweeps.append((tenant, name))
+        case ["bases", base_id, "files", set_id, _]:
+            found.uploads[base_id, set_id].append(info)
+        case ["tenants", _, _, "jobs", _, "cancel.json"] | ["tenants", _, "sweeps", _, "packs.json"] | ["probes", _]:
+            found.requests.append(info)
 
 
 def store_time(store: Storage) -> float:
@@ -125,9 +174,9 @@ def _ids_in(data: bytes) -> Iterator[str]:
     return (match.decode() for match in _ID.findall(data))
 
 
-def _state(store: Storage, info: ObjectInfo) -> JobState | None:
+def _state(store: Storage, info: ObjectInfo) -> ClaimState | None:
     try:
         document = read_document(store, info.key, STATE_FORMAT)
     except (WorkFailed, BadInput):
         return None
-    return JobState(document, info.modified) if document is not None else None
+    return ClaimState(document, info.modified) if document is not None else None

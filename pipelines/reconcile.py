@@ -1,26 +1,29 @@
-"""What MLflow shows, and hints beside the truth, compared with the store; on request made equal to it.
+"""What MLflow shows, and what killed processes left, compared with the store's truth; on request made equal to it.
 
-The store is never changed except for HEAD, which is a hint. What cannot be mended (a damaged journal, a champion whose files are
-gone, a sweep whose driver was killed) is told with the way out. Everything may be repeated, also beside live sweeps.
+The store wins: an alias that somebody moved in MLflow goes back to where the journal says. Journals, candidates and evidence are
+never changed. What cannot be mended (a damaged journal, a champion whose files are gone) is told with the way out. Everything may
+be repeated, also beside live sweeps: claims of the living are left alone, and files are touched only after `gc`'s time of grace.
 """
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from infra.claims import Document, read_document
 from infra.errors import BadInput, ServiceUnavailable, WorkFailed
 from infra.storage import Storage
 from infra.tracking import Tracker
 from infra.tracking_log import Shipper, TrackingLog
+from pipelines.gc import GRACE_SECONDS
 from pipelines.journal import Entry, history, models, read_hint, write_hint
+from pipelines.leftovers import Finding, check_job_runs, check_jobs, check_leftovers, let_go
 from pipelines.projection import differences, project
+from pipelines.reachable import local_time, store_time, take_survey
 from sweeps.ledger import Header, read_header, read_trials
-from sweeps.projection import Projection, sweep_key
+from sweeps.projection import Projection, sweep_key, trial_key
 from sweeps.run import CLAIM_FORMAT
 from sweeps.trial import Trial
 from workers import layout
@@ -33,28 +36,28 @@ if TYPE_CHECKING:  # as in pipelines.projection
 SHIP_TIMEOUT_SECONDS = 60.0
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something that is not as the store says, or that the store itself has wrong."""
+def reconcile(
+    store: Storage, registry: ModelRegistry, tracker: Tracker, *, fix: bool, grace_seconds: float = GRACE_SECONDS
+) -> list[Finding]:
+    """Return what differs, over all models, jobs, sweeps and adapters in the store; with `fix` mend what can be mended.
 
-    kind: Literal["journal", "head", "adapter", "registry", "sweep"]
-    subject: str
-    """The registered model ("acme.support") or the sweep ("acme/first")."""
-    sentence: str
-    fixed: bool
-
-
-def reconcile(store: Storage, registry: ModelRegistry, tracker: Tracker, *, fix: bool) -> list[Finding]:
-    """Return what differs, over all models and sweeps in the store; with `fix` mend what can be mended.
+    Files that nothing refers to count once they are older than `grace_seconds`.
 
     Raises ServiceUnavailable if the store or MLflow does not answer; what was mended before stays so.
     """
     found: list[Finding] = []
     for tenant, task in models(store):
         found += _check_model(store, registry, tenant, task, fix)
-    for tenant, name in _sweeps(store):
-        found += _check_sweep(store, tracker, tenant, name, fix)
-    return found
+    now = store_time(store) if fix else local_time()
+    surveyed = take_survey(store)
+    found += check_jobs(store, surveyed, now, fix)
+    open_runs = tracker.open_statuses()
+    found += check_job_runs(store, tracker, surveyed, open_runs, now, fix)
+    for tenant, name in surveyed.sweeps:
+        found += _check_sweep(store, tracker, tenant, name, open_runs, fix)
+    champions = " ".join(finding.sentence for finding in found if finding.kind == "adapter")
+    left = check_leftovers(store, surveyed, grace_seconds, now, fix)
+    return found + [one for one in left if one.kind != "adapter" or one.subject.rpartition("/")[2] not in champions]
 
 
 def _check_model(store: Storage, registry: ModelRegistry, tenant: str, task: str, fix: bool) -> Iterator[Finding]:
@@ -105,26 +108,24 @@ def _check_champion(store: Storage, tenant: str, model: str, entries: list[Entry
         yield Finding("adapter", model, sentence, False)
 
 
-def _sweeps(store: Storage) -> list[tuple[str, str]]:
-    """Return (tenant, name) of all sweeps."""
-    parts = (info.key.split("/") for info in store.list(layout.tenants()))
-    return [(part[1], part[3]) for part in parts if len(part) == 5 and (part[2], part[4]) == ("sweeps", "sweep.json")]
-
-
-def _check_sweep(store: Storage, tracker: Tracker, tenant: str, name: str, fix: bool) -> Iterator[Finding]:
+def _check_sweep(
+    store: Storage, tracker: Tracker, tenant: str, name: str, open_runs: Mapping[str, str], fix: bool
+) -> Iterator[Finding]:
     subject = sweep_key(tenant, name)
-    open_keys = [key for key in tracker.open_runs(name) if key == subject or key.startswith(f"{subject}/")]
+    open_keys = [key for key in open_runs if key == subject or key.startswith(f"{subject}/")]
     if not open_keys:
         return
     try:
         header, trials = read_header(store, tenant, name), read_trials(store, tenant, name)
-        claim = read_document(store, layout.sweep_claim(tenant, name), CLAIM_FORMAT)
+        claimed = read_document(store, layout.sweep_claim(tenant, name), CLAIM_FORMAT)
     except (BadInput, WorkFailed) as error:
         yield Finding("sweep", subject, str(error), False)
         return
     yield from _check_trials(store, tracker, header, trials, open_keys, fix)
-    if subject in open_keys:
-        yield from _check_parent(tracker, subject, claim, fix)
+    if subject in open_keys and claimed is not None:
+        live = [trial_key(tenant, name, trial.number) for trial in trials if trial.is_live]
+        driven = [key for key in (subject, *live) if open_runs.get(key) == "running"]
+        yield from _check_driver(store, tracker, subject, claimed, driven, fix)
 
 
 def _check_trials(
@@ -139,18 +140,30 @@ def _check_trials(
         yield Finding("sweep", subject, f"trial {trial.number} ended as {trial.status}, its run is open.", fix)
 
 
-def _check_parent(tracker: Tracker, subject: str, claim: Document | None, fix: bool) -> Iterator[Finding]:
+def _check_driver(
+    store: Storage, tracker: Tracker, subject: str, claimed: Document, running: Sequence[str], fix: bool
+) -> Iterator[Finding]:
     """The sweep's own run is open: rightly while it is driven, or was asked to stop and will go on."""
-    if claim is None or claim.body["status"] == "preempted":
+    owner, status = claimed.owner, str(claimed.body["status"])
+    if status == "preempted" and not running:
         return
-    owner, status = claim.owner, str(claim.body["status"])
-    if owner is None and status != "running":
+    if owner is None and status not in ("running", "preempted"):
         if fix:
             tracker.end_run(subject, status)
         yield Finding("sweep", subject, f"the sweep ended as {status}, its run is open.", fix)
     elif owner is None or owner.is_certainly_dead():
+        is_let_go = fix and _let_go_of_sweep(store, subject)
+        if is_let_go:
+            for key in running:
+                tracker.end_run(key, "preempted")
         sentence = "its driver was killed; run the same command again (or 'lorafleet sweep resume') and it goes on."
-        yield Finding("sweep", subject, sentence, False)
+        yield Finding("sweep", subject, sentence, is_let_go)
+
+
+def _let_go_of_sweep(store: Storage, subject: str) -> bool:
+    """Take the claim of a driver that is dead and let it go, as one that was asked to stop does; False if another was faster."""
+    tenant, name = subject.split("/")
+    return let_go(store, layout.sweep_claim(tenant, name), CLAIM_FORMAT)
 
 
 def _tell_again(store: Storage, tracker: Tracker, header: Header, trial: Trial) -> None:

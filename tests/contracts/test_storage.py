@@ -99,6 +99,15 @@ def test_a_deleted_object_is_gone_and_its_key_free(store: Storage) -> None:
     assert store.get("a/b")[0] == b"new"
 
 
+def test_neighbours_may_be_deleted_at_the_same_time(store: Storage) -> None:
+    for number in range(4):
+        keys = [f"a/{number}/{name}" for name in "abcdefgh"]
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda key: store.put(key, b"x"), keys))
+            list(pool.map(store.delete, keys))
+    assert list(store.list("")) == []
+
+
 def test_put_if_absent_refuses_what_is_there_and_leaves_it(store: Storage) -> None:
     store.put_if_absent("a", b"first")
     with pytest.raises(ConditionFailed, match="a"):

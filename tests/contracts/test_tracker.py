@@ -208,6 +208,15 @@ def test_open_runs_are_those_of_the_sweep_that_have_not_ended(case, sweep):
     assert case.tracker.open_runs(f"{sweep}-nobody") == []
 
 
+def test_open_statuses_tell_runs_that_go_on_from_runs_that_wait(case, sweep):
+    for number in range(3):
+        case.tracker.ensure_run(a_run(sweep, number))
+    case.tracker.end_run(f"acme/{sweep}/0", "pruned", 5)
+    case.tracker.end_run(f"acme/{sweep}/1", "preempted", 5)
+    mine = {key: status for key, status in case.tracker.open_statuses().items() if f"/{sweep}/" in key}
+    assert mine == {f"acme/{sweep}/1": "preempted", f"acme/{sweep}/2": "running"}
+
+
 def test_an_unknown_run_is_refused_for_good(case, sweep):
     with pytest.raises(WorkFailed, match=f"has no run 'acme/{sweep}/9'"):
         case.tracker.log_points(f"acme/{sweep}/9", [Point("train/loss", 0.5, 1, 1)])

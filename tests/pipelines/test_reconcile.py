@@ -5,20 +5,23 @@ from pathlib import Path
 
 import pytest
 
-from infra.claims import Owner
+from infra.claims import Lease, Owner, claim, read_document
 from infra.errors import ServiceUnavailable
 from infra.fingerprint import id_of_bytes
 from infra.local_storage import LocalStorage
 from infra.mlflow_registry import ModelRegistry
 from infra.mlflow_tracking import MlflowTracker
-from infra.tracking import RunStart
-from pipelines.journal import Candidate, Change, commit, register_candidate
+from infra.tracking import Point, RunStart
+from pipelines.journal import Candidate, Change, commit, history, register_candidate
 from pipelines.projection import project
 from pipelines.reconcile import Finding, reconcile
 from sweeps.projection import trial_key
 from tests.pipelines.adapters import put_adapter
 from tests.sweeps.curves import Bench, sweep
 from workers import layout
+from workers.job_state import FRESH, STATE_FORMAT
+from workers.manifests import AdapterRef
+from workers.metrics_log import encode_points
 
 BASE_ID = id_of_bytes(b"base")
 
@@ -142,9 +145,12 @@ def test_sweep_whose_driver_was_killed_is_told_with_the_way_out(tmp_path, regist
     text = bench.store.get(key)[0].decode().replace('"owner":null', f'"owner":{gone}').replace("complete", "running")
     bench.store.put(key, text.encode())
     tracker.end_run("acme/killed", "running")
-    [told] = reconcile(bench.store, registry, tracker, fix=True)
+    [told] = reconcile(bench.store, registry, tracker, fix=False)
     assert (told.kind, told.fixed) == ("sweep", False)
     assert "run the same command again" in told.sentence
+    assert [finding.fixed for finding in reconcile(bench.store, registry, tracker, fix=True)] == [True]
+    assert tracker.open_statuses()["acme/killed"] == "preempted"
+    assert reconcile(bench.store, registry, tracker, fix=True) == []
 
 
 def test_mlflow_that_does_not_answer_is_said(local_store) -> None:
@@ -158,3 +164,110 @@ def test_mlflow_that_does_not_answer_is_said(local_store) -> None:
 
 def test_empty_store_has_nothing_to_reconcile(tmp_path: Path, registry, tracker) -> None:
     assert reconcile(LocalStorage(tmp_path / "none"), registry, tracker, fix=True) == []
+
+
+def test_alias_that_somebody_moved_goes_back_to_where_the_journal_says(local_store, registry, tracker) -> None:
+    a, b = champion(local_store, "acme", "moved", [1, 2])
+    project(local_store, registry, "acme", "moved")
+    numbers = {version.key: version.version for version in registry.versions("acme.moved")}
+    registry.set_alias("acme.moved", "champion", numbers[a])
+    registry.set_alias("acme.moved", "keep-an-eye-on", numbers[a])
+    [told] = reconcile(local_store, registry, tracker, fix=False)
+    assert told.sentence == f"the alias champion is {a[:12]}, the store says {b[:12]}."
+    assert registry.aliases("acme.moved")["champion"] == numbers[a]
+    assert [finding.fixed for finding in reconcile(local_store, registry, tracker, fix=True)] == [True]
+    assert registry.aliases("acme.moved")["champion"] == numbers[b]
+    assert registry.aliases("acme.moved")["keep-an-eye-on"] == numbers[a], "people's own aliases are theirs"
+    assert history_of(local_store, "moved") == [a, b]
+
+
+def history_of(store: LocalStorage, task: str) -> list[str]:
+    return [entry.adapter_id for entry in history(store, "acme", task)]
+
+
+JOB_ID = "k" * 32
+RUN = RunStart(f"acme/jobs/{JOB_ID}", "acme", "job", tags={"lorafleet.job_id": JOB_ID})
+
+
+def job_of(store: LocalStorage, owner: Owner, **body: object) -> Lease:
+    """Claim a job as `owner`."""
+    return claim(store, layout.job_state("acme", BASE_ID, JOB_ID), STATE_FORMAT, FRESH | body, owner=owner, lease_seconds=5)
+
+
+def dead() -> Owner:
+    here = Owner.here()
+    return Owner(here.host, here.pid, started=1, boot=here.boot)
+
+
+def test_job_whose_owner_is_gone_waits_for_its_next_attempt(local_store, registry, tracker) -> None:
+    checkpoint = {"prefix": "tenants/acme/x/", "step": 2, "num_chunks": 0}
+    job_of(local_store, dead(), status="running", checkpoint=checkpoint)
+    tracker.ensure_run(RUN)
+    tracker.end_run(RUN.key, "running")
+    before = {info.key: info.etag for info in local_store.list("")}
+    told = reconcile(local_store, registry, tracker, fix=False)
+    assert [(finding.subject, finding.fixed) for finding in told] == [(f"acme/{JOB_ID}", False)] * 2
+    assert "its host is gone" in told[0].sentence
+    assert "nobody trains it" in told[1].sentence
+    assert {info.key: info.etag for info in local_store.list("")} == before
+    assert all(finding.fixed for finding in reconcile(local_store, registry, tracker, fix=True))
+    document = read_document(local_store, layout.job_state("acme", BASE_ID, JOB_ID), STATE_FORMAT)
+    assert document is not None
+    assert (document.owner, document.body["status"], document.body["checkpoint"]) == (None, "preempted", checkpoint)
+    assert tracker.open_statuses()[RUN.key] == "preempted"
+    assert reconcile(local_store, registry, tracker, fix=True) == []
+
+
+def test_job_that_somebody_trains_is_left_alone(local_store, registry, tracker) -> None:
+    lease = job_of(local_store, Owner.here(), status="running")
+    tracker.ensure_run(RUN)
+    tracker.end_run(RUN.key, "running")
+    assert reconcile(local_store, registry, tracker, fix=True, grace_seconds=0.0) == []
+    lease.renew()
+    assert tracker.open_statuses()[RUN.key] == "running"
+
+
+def test_run_of_a_job_that_has_ended_gets_its_points_and_its_end(local_store, registry, tracker) -> None:
+    chunk = f"{layout.attempt('acme', BASE_ID, JOB_ID, 1)}metrics-000000.jsonl"
+    local_store.put(chunk, encode_points([Point("train/loss", 0.5, 1, 1000)]))
+    job_of(local_store, Owner.here(), status="failed", reason="non_finite", chunks=[chunk]).release()
+    tracker.ensure_run(RUN)
+    tracker.end_run(RUN.key, "running")
+    [told] = reconcile(local_store, registry, tracker, fix=True)
+    assert (told.sentence, told.fixed) == ("the job has failed, its run is open.", True)
+    assert RUN.key not in tracker.open_statuses()
+    assert reconcile(local_store, registry, tracker, fix=True) == []
+
+
+def test_checkpoints_of_a_job_that_succeeded_are_removed(local_store, registry, tracker) -> None:
+    job_of(local_store, Owner.here(), status="succeeded").release()
+    prefix = f"{layout.attempt('acme', BASE_ID, JOB_ID, 1)}checkpoints/00000002/"
+    local_store.put(f"{prefix}state.safetensors", b"x" * 1000)
+    assert reconcile(local_store, registry, tracker, fix=True) == [], "it is young: its host may be at it"
+    [told] = reconcile(local_store, registry, tracker, fix=False, grace_seconds=0.0)
+    assert told.sentence == "it has succeeded, and 1 checkpoints are left (1,000 bytes)."
+    assert [one.fixed for one in reconcile(local_store, registry, tracker, fix=True, grace_seconds=0.0)] == [True]
+    assert list(local_store.list(prefix)) == []
+
+
+def test_halves_of_adapters_are_told_and_those_that_nothing_mentions_removed(local_store, registry, tracker) -> None:
+    ids = [put_adapter(local_store, BASE_ID, seed) for seed in range(4)]
+    mentioned, stray, hollow, hollow_stray = (AdapterRef("acme", BASE_ID, one) for one in ids)
+    for ref in (mentioned, hollow):
+        register_candidate(local_store, "acme", "halves", Candidate(ref.adapter_id, BASE_ID, None, None, {}, 1.0))
+    for ref in (mentioned, stray):
+        local_store.delete(layout.manifest(*ref))
+    for ref in (hollow, hollow_stray):
+        local_store.delete(f"{layout.adapter(*ref)}adapter_model.safetensors")
+    told = reconcile(local_store, registry, tracker, fix=True, grace_seconds=0.0)
+    found = {finding.subject: (finding.fixed, finding.sentence) for finding in told if finding.kind == "adapter"}
+    assert {subject: fixed for subject, (fixed, _) in found.items()} == {
+        f"acme/{mentioned.adapter_id}": False,
+        f"acme/{stray.adapter_id}": True,
+        f"acme/{hollow.adapter_id}": False,
+        f"acme/{hollow_stray.adapter_id}": True,
+    }
+    assert "its manifest is lost" in found[f"acme/{mentioned.adapter_id}"][1]
+    assert "adapter_model.safetensors is lost" in found[f"acme/{hollow.adapter_id}"][1]
+    again = reconcile(local_store, registry, tracker, fix=False, grace_seconds=0.0)
+    assert {finding.subject for finding in again} == {f"acme/{ref.adapter_id}" for ref in (mentioned, hollow)}
