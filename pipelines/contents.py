@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from infra.errors import BadInput, ObjectNotFound, WorkFailed
-from infra.fingerprint import id_of_json, sha256_hex, sha256_of_file
+from infra.fingerprint import canonical_json, id_of_json, sha256_hex, sha256_of_file
 from infra.storage import Storage
 from workers import layout
 from workers.bases import LISTING_NAME, read_listing
@@ -126,6 +126,7 @@ def _check_record(store: Storage, key: str, data: bytes) -> None:
         return
     found = _FORMAT.fullmatch(str(body.get("format"))) if isinstance(body, dict) else None
     _expect(found is not None and found[1] == expected, store, key, f"its format is not {expected}/<version>")
+    _expect(canonical_json(body) + b"\n" == data, store, key, "it is not written as records are")
     del body["format"]
     try:
         agrees = _IDENTITIES.get(expected, lambda body, key: True)(body, key)
