@@ -92,7 +92,10 @@ def find_evaluation(store: Storage, binding: Binding, data_digest: str, setting:
     """Return the scores by side that answer this very question on this very data. Stale and damaged ones are passed over."""
     found: dict[str, RowScores] = {}
     wanted = {**setting, "numerics": NUMERICS_VERSION}
+    since = _written(store, binding)
     for info in store.list(layout.evidence_of(binding.adapter.tenant, binding.adapter.adapter_id)):
+        if info.modified < since:
+            continue
         try:
             body = read(store, info.key)
         except (BadInput, WorkFailed, ObjectNotFound):
@@ -102,6 +105,14 @@ def find_evaluation(store: Storage, binding: Binding, data_digest: str, setting:
         if body["data"]["digest"] == data_digest and body["setting"] == wanted:
             found |= {side: RowScores.from_json(columns) for side, columns in body["scores"].items()}
     return found
+
+
+def _written(store: Storage, binding: Binding) -> float:
+    """Return when the journal's end was written, by the store's clock in whole seconds: evidence older than it is stale unread."""
+    if binding.head is None:
+        return 0.0
+    info = store.head(layout.journal(binding.adapter.tenant, binding.task, binding.head.generation))
+    return 0.0 if info is None else float(int(info.modified))
 
 
 def read(store: Storage, key: str) -> dict[str, Any]:

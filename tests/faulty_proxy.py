@@ -12,6 +12,7 @@ Also a program: `python -m tests.faulty_proxy 127.0.0.1 9000 --drop-answer 0.1` 
 import argparse
 import contextlib
 import random
+import re
 import socket
 import threading
 import time
@@ -19,6 +20,8 @@ from collections import Counter
 from typing import Self
 
 PIECE_BYTES = 1 << 16
+_STARTS_REQUEST = re.compile(rb"(GET|HEAD|PUT|POST|DELETE) /")
+_CONDITION = re.compile(rb"\r\nif-(none-)?match:", re.IGNORECASE)
 MAX_KEPT_BYTES = 2000
 """A cut answer keeps fewer bytes than this; shorter answers may pass whole."""
 
@@ -30,6 +33,7 @@ class FaultyProxy:
         target_host, target_port: Where the connections go.
         seed: Of the faults. Their order is repeatable as far as the order of requests is.
         drop_answer: Share of answers that are dropped, from 0 to 1.
+        drop_conditional: The same for answers to requests with If-None-Match or If-Match, beside `drop_answer`.
         delay: Longest delay of an answer in seconds; each waits a random part of it.
         cut_body: Share of answers that are cut.
     """
@@ -41,10 +45,11 @@ class FaultyProxy:
         *,
         seed: int,
         drop_answer: float = 0.0,
+        drop_conditional: float = 0.0,
         delay: float = 0.0,
         cut_body: float = 0.0,
     ) -> None:
-        self.drop_answer, self.delay, self.cut_body = drop_answer, delay, cut_body
+        self.drop_answer, self.drop_conditional, self.delay, self.cut_body = drop_answer, drop_conditional, delay, cut_body
         self.num_faults: Counter[str] = Counter()
         self._target = (target_host, target_port)
         self._random = random.Random(seed)
@@ -91,10 +96,12 @@ class FaultyProxy:
             return
         _Connection(self, client, server).run()
 
-    def draw(self) -> tuple[str, float, int]:
+    def draw(self, is_conditional: bool = False) -> tuple[str, float, int]:
         """Return the fault of the next answer (pass, drop or cut), its delay in seconds and the bytes a cut leaves."""
         with self._lock:
             number = self._random.random()
+            if self.drop_conditional and is_conditional and self._random.random() < self.drop_conditional:
+                number = -1.0
             if self._next_cut is not None:
                 kept_bytes, self._next_cut = self._next_cut, None
                 self.num_faults["cut"] += 1
@@ -112,6 +119,7 @@ class _Connection:
     def __init__(self, proxy: FaultyProxy, client: socket.socket, server: socket.socket) -> None:
         self._proxy, self._client, self._server = proxy, client, server
         self._is_answer_due = False
+        self._is_conditional = False
 
     def run(self) -> None:
         """Forward until either side ends; then both do."""
@@ -132,6 +140,8 @@ class _Connection:
     def _requests(self) -> None:
         while data := self._client.recv(PIECE_BYTES):
             self._is_answer_due = True
+            if _STARTS_REQUEST.match(data):
+                self._is_conditional = _CONDITION.search(data.partition(b"\r\n\r\n")[0]) is not None
             self._server.sendall(data)
 
     def _answers(self) -> None:
@@ -142,7 +152,7 @@ class _Connection:
                 self._client.sendall(interim + end)
             if self._is_answer_due and data:
                 self._is_answer_due = False
-                fault, delay, kept = self._proxy.draw()
+                fault, delay, kept = self._proxy.draw(self._is_conditional)
                 time.sleep(delay)
                 if fault == "drop":
                     return
