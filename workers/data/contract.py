@@ -24,9 +24,14 @@ _TOKEN_KEYS = ("bos_token", "eos_token", "unk_token")
 
 def prompt_contract(path: Path) -> str:
     """Return the id of the prompt contract of the base in folder `path`. Raises BadInput if it has no tokenizer."""
+    return id_of_json(contract_parts(path))
+
+
+def contract_parts(path: Path) -> dict[str, Any]:
+    """Return what the prompt contract of the base in folder `path` covers, part by part. Raises BadInput as `prompt_contract`."""
     config = _read_json(path / "tokenizer_config.json")
     template = read_chat_template(path)
-    contract = {
+    return {
         "format": "prompt-contract/1",
         "tokenizer": _tokenizer_of(path),
         "special_tokens": {key: _token_text(config.get(key)) for key in _TOKEN_KEYS},
@@ -34,7 +39,6 @@ def prompt_contract(path: Path) -> str:
         "chat_template": DEFAULT_TEMPLATE_NAME if template is None else {"text": template, "date": FROZEN_DATE.isoformat()},
         "plain": PLAIN_FORM_NAME,
     }
-    return id_of_json(contract)
 
 
 def read_chat_template(path: Path) -> str | None:
