@@ -29,6 +29,8 @@ lint: venv
 	$(BIN)/mypy
 
 bench: venv
+	$(BIN)/python benchmarks/engine.py
+	$(BIN)/python benchmarks/qlora.py
 	$(BIN)/python benchmarks/sweep_vs_ray_tune.py
 	$(BIN)/python benchmarks/quality.py
 

@@ -1,8 +1,9 @@
 """The same trials by Ray Tune + transformers' Trainer + PEFT, and by lorafleet: makespans, start-up and training apart, ratio.
 
-    python benchmarks/sweep_vs_ray_tune.py [--trials 8] [--steps 100] [--json]
+    python benchmarks/sweep_vs_ray_tune.py [--trials 32] [--steps 50] [--batch 8] [--concurrent 16] [--json]
 
-Both run in a process of their own from a cold start, two trials at a time, one compute thread each, with the same base, rows,
+Both run in a process of their own from a cold start on two compute threads: the peer two trials at a time with one thread each,
+lorafleet two hosts with one thread each, whose packs hold `--concurrent` trials in all. Both have the same base, rows,
 row order, initial weights, batch, steps and evaluations. Losses must agree within 1e-3 or the comparison is void (exit code 1).
 The peer is used as its own documentation shows it: a function trainable per trial, which loads the base and trains.
 """
@@ -22,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks.common import facts, test_data
 
 MAX_LOSS_DIFFERENCE = 1e-3
-BATCH, EVAL_STEPS, MAX_LENGTH, NUM_TRAIN, NUM_VALID = 8, 50, 160, 800, 64
+EVAL_STEPS, MAX_LENGTH, NUM_TRAIN, NUM_VALID = 50, 160, 800, 64
+PEER_EVAL_BATCH = 8
 
 
 def points(count: int) -> list[dict[str, Any]]:
@@ -39,7 +41,7 @@ def points(count: int) -> list[dict[str, Any]]:
     ]
 
 
-def prepare(folder: Path, num_trials: int, num_steps: int) -> None:
+def prepare(folder: Path, num_trials: int, num_steps: int, batch: int, concurrent: int) -> None:
     """Write rows, job.yaml and sweep.yaml."""
     source = test_data() / "sets/snips/customers/get-weather"
     for split, count in (("train", NUM_TRAIN), ("valid", NUM_VALID)):
@@ -52,7 +54,7 @@ def prepare(folder: Path, num_trials: int, num_steps: int) -> None:
         "data": {"train": "train.jsonl", "validation": "valid.jsonl"},
         "training": {
             "max_steps": num_steps,
-            "per_device_train_batch_size": BATCH,
+            "per_device_train_batch_size": batch,
             "eval_steps": EVAL_STEPS,
             "max_length": MAX_LENGTH,
             "keep": "last",
@@ -63,7 +65,7 @@ def prepare(folder: Path, num_trials: int, num_steps: int) -> None:
         "job": "job.yaml",
         "sampler": {"type": "random", "seed": 0},
         "num_trials": num_trials,
-        "max_concurrent": 2,
+        "max_concurrent": concurrent,
         "enqueue": points(num_trials),
         "space": {
             "peft.r": {"type": "categorical", "choices": [4, 8, 16]},
@@ -96,10 +98,11 @@ def run_ours(folder: Path) -> dict[str, Any]:
     }
 
 
-def run_peer(folder: Path, num_trials: int, num_steps: int) -> dict[str, Any]:
+def run_peer(folder: Path, num_trials: int, num_steps: int, batch: int) -> dict[str, Any]:
     """Run the peer in a process of its own."""
     started = time.time()
-    command = [sys.executable, __file__, "--peer", str(folder), "--trials", str(num_trials), "--steps", str(num_steps)]
+    options = {"--peer": folder, "--trials": num_trials, "--steps": num_steps, "--batch": batch}
+    command = [sys.executable, __file__, *(str(part) for option in options.items() for part in option)]
     subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=True, stdout=sys.stderr)
     makespan = time.time() - started
     results = json.loads((folder / "peer.json").read_text())
@@ -112,7 +115,7 @@ def run_peer(folder: Path, num_trials: int, num_steps: int) -> dict[str, Any]:
     }
 
 
-def peer_main(folder: Path, num_trials: int, num_steps: int) -> None:
+def peer_main(folder: Path, num_trials: int, num_steps: int, batch: int) -> None:
     """The peer's driver: Ray Tune over a function trainable."""
     import ray
     from ray import tune
@@ -120,7 +123,7 @@ def peer_main(folder: Path, num_trials: int, num_steps: int) -> None:
     os.environ["RAY_AIR_NEW_OUTPUT"] = "0"
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
     space = {"point": tune.grid_search([json.dumps(point) for point in points(num_trials)])}
-    fixed = {"folder": str(folder), "num_steps": num_steps}
+    fixed = {"folder": str(folder), "num_steps": num_steps, "batch": batch}
     tuner = tune.Tuner(
         tune.with_resources(tune.with_parameters(peer_trial, fixed=fixed), {"cpu": 1}),
         param_space=space,
@@ -145,7 +148,7 @@ def peer_trial(config: dict[str, Any], fixed: dict[str, Any]) -> None:
 
     torch.set_num_threads(1)
     point = json.loads(config["point"])
-    folder = Path(fixed["folder"])
+    folder, batch = Path(fixed["folder"]), fixed["batch"]
     base = test_data() / "bases/stories260k"
     train, valid = (_examples(base, folder / f"{split}.jsonl") for split in ("train", "valid"))
     model = AutoModelForCausalLM.from_pretrained(base, local_files_only=True)
@@ -156,8 +159,8 @@ def peer_trial(config: dict[str, Any], fixed: dict[str, Any]) -> None:
     arguments = TrainingArguments(
         output_dir=str(folder / "out" / tune.get_context().get_trial_id()),
         max_steps=fixed["num_steps"],
-        per_device_train_batch_size=BATCH,
-        per_device_eval_batch_size=BATCH,
+        per_device_train_batch_size=batch,
+        per_device_eval_batch_size=PEER_EVAL_BATCH,
         learning_rate=point["training.learning_rate"],
         lr_scheduler_type="cosine",
         max_grad_norm=1.0,
@@ -174,7 +177,7 @@ def peer_trial(config: dict[str, Any], fixed: dict[str, Any]) -> None:
         label_names=["labels"],
         average_tokens_across_devices=False,
     )
-    trainer = _trainer_class(Trainer, num_rows=len(train))(
+    trainer = _trainer_class(Trainer, len(train), batch)(
         model=model, args=arguments, train_dataset=train, eval_dataset=valid, data_collator=_collate
     )
     loaded = time.time()
@@ -184,15 +187,15 @@ def peer_trial(config: dict[str, Any], fixed: dict[str, Any]) -> None:
     tune.report({"begun": begun, "loaded": loaded, "trained": trained, "loss": _loss_per_token(model, valid)})
 
 
-def _trainer_class(trainer: type, num_rows: int) -> type:
+def _trainer_class(trainer: type, num_rows: int, batch: int) -> type:
     """Return Trainer with the row order of lorafleet, so that both see the same batches."""
     from workers.engine.batches import rows_of_step
     from workers.spec import TrainingSpec
 
     class SameOrder(trainer):  # type: ignore[misc]
         def _get_train_sampler(self, *args: Any) -> list[int]:
-            spec = TrainingSpec(per_device_train_batch_size=BATCH)
-            return [row for step in range(num_rows // BATCH) for rows in rows_of_step(spec, num_rows, step) for row in rows]
+            spec = TrainingSpec(per_device_train_batch_size=batch)
+            return [row for step in range(num_rows // batch) for rows in rows_of_step(spec, num_rows, step) for row in rows]
 
     return SameOrder
 
@@ -255,8 +258,8 @@ def _loss_per_token(model: Any, rows: list[dict[str, list[int]]]) -> float:
     total, count = 0.0, 0
     model.eval()
     with torch.no_grad():
-        for start in range(0, len(rows), BATCH):
-            batch = _collate(rows[start : start + BATCH])
+        for start in range(0, len(rows), PEER_EVAL_BATCH):
+            batch = _collate(rows[start : start + PEER_EVAL_BATCH])
             targets = batch.pop("labels")[:, 1:]
             logits = model(**batch).logits[:, :-1].float()
             flat = torch.nn.functional.cross_entropy(logits.reshape(-1, logits.shape[-1]), targets.reshape(-1), reduction="sum")
@@ -267,25 +270,28 @@ def _loss_per_token(model: Any, rows: list[dict[str, list[int]]]) -> float:
 def main() -> int:
     """Run both, print a table, and return 1 if the losses do not agree."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--trials", type=int, default=32)
+    parser.add_argument("--batch", type=int, default=8, help="rows of a step")
+    parser.add_argument("--concurrent", type=int, default=16, help="trials that lorafleet trains at a time")
+    parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--peer", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.peer is not None:
-        peer_main(options.peer, options.trials, options.steps)
+        peer_main(options.peer, options.trials, options.steps, options.batch)
         return 0
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        prepare(folder, options.trials, options.steps)
+        prepare(folder, options.trials, options.steps, options.batch, options.concurrent)
         ours = run_ours(folder)
-        peer = run_peer(folder, options.trials, options.steps)
+        peer = run_peer(folder, options.trials, options.steps, options.batch)
     difference = max(abs(a - b) for a, b in zip(ours["losses"], peer["losses"], strict=True))
     tokens = ours["num_tokens"] / options.trials / options.steps
     result = {
         "facts": facts("torch", "transformers", "peft", "ray", "optuna", "lorafleet"),
-        "setting": f"stories260k (width 64), SNIPS get-weather, {options.trials} trials x {options.steps} steps, batch {BATCH}, "
-        f"{tokens:.0f} tokens per step, evaluation every {EVAL_STEPS} steps on {NUM_VALID} rows, 2 at a time, 1 thread each",
+        "setting": f"stories260k (width 64), SNIPS get-weather, {options.trials} trials x {options.steps} steps, batch {options.batch}, "
+        f"{tokens:.0f} tokens per step, evaluation every {EVAL_STEPS} steps on {NUM_VALID} rows; "
+        f"the peer 2 at a time, lorafleet {options.concurrent} on 2 hosts, 1 thread each",
         "lorafleet": ours,
         "ray_tune_trainer_peft": peer,
         "ratio_makespan": peer["makespan"] / ours["makespan"],
