@@ -18,6 +18,7 @@ COMPUTING = (
     "workers/methods/",
     "workers/data/",
     "workers/adapter",
+    "workers/audit",
     "workers/bases",
     "workers/checkpoint",
     "workers/evaluate",

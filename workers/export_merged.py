@@ -32,15 +32,15 @@ def write_merged(adapter: Adapter, base: Path, files: tuple[str, ...], target: P
         shutil.copyfile(base / name, target / name)
 
 
-def stored_dtypes(base: Path, adapter: Adapter) -> set[torch.dtype]:
-    """Return the types in which the adapted weights are stored, and hence rounded to."""
+def rounding_of(adapter: Adapter, base: Path) -> float:
+    """Return the epsilon of the coarsest type in which an adapted weight is stored, and hence to which its sum is rounded."""
     weights = find_weights(base)
     wanted = set(_names_by_module(adapter, weights).values())
-    found = set()
+    found = {torch.float32}
     for path in weights:
         with safe_open(path, framework="pt") as file:
-            found |= {file.get_tensor(name).dtype for name in wanted & set(file.keys())}
-    return found
+            found |= {file.get_slice(name)[:1].dtype for name in wanted & set(file.keys())}
+    return max(torch.finfo(dtype).eps for dtype in found)
 
 
 def _names_by_module(adapter: Adapter, weights: tuple[Path, ...]) -> dict[str, str]:
@@ -51,7 +51,7 @@ def _names_by_module(adapter: Adapter, weights: tuple[Path, ...]) -> dict[str, s
             stored |= set(file.keys())
     found = {}
     for module in adapter.modules:
-        candidates = (f"{module}.weight", f"{module.partition('.')[2]}.weight")
+        candidates = candidate_names(module)
         name = next((one for one in candidates if one in stored), None)
         if name is None:
             raise BadInput(
@@ -60,6 +60,11 @@ def _names_by_module(adapter: Adapter, weights: tuple[Path, ...]) -> dict[str, s
             )
         found[module] = name
     return found
+
+
+def candidate_names(module: str) -> tuple[str, str]:
+    """Return the names under which a base may store a layer's weight, the likelier one first."""
+    return f"{module}.weight", f"{module.partition('.')[2]}.weight"
 
 
 def _write_weights(adapter: Adapter, path: Path, modules: Mapping[str, str], target: Path) -> None:

@@ -93,7 +93,7 @@ def _compare_layer(module: str, a: Adapter, b: Adapter) -> LayerConflict:
     num_conflicts = int((both & (one_OI.sign() != other_OI.sign())).sum())
     norms = (float(torch.linalg.norm(one_OI)), float(torch.linalg.norm(other_OI)))
     inner = float((one_OI * other_OI).sum())
-    (ua, va), (ub, vb) = _directions(a, module), _directions(b, module)
+    (ua, va), (ub, vb) = top_directions(a, module), top_directions(b, module)
     k = min(ua.shape[1], ub.shape[1])
     return LayerConflict(
         module=module,
@@ -102,19 +102,20 @@ def _compare_layer(module: str, a: Adapter, b: Adapter) -> LayerConflict:
         cosine=inner / math.prod(norms) if all(norms) else 0.0,
         norms=norms,
         num_directions=k,
-        overlap_in=_overlap(va, vb, k),
-        overlap_out=_overlap(ua, ub, k),
+        overlap_in=subspace_overlap(va, vb, k),
+        overlap_out=subspace_overlap(ua, ub, k),
         by_chance_in=k / one_OI.shape[1],
         by_chance_out=k / one_OI.shape[0],
     )
 
 
-def _directions(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
+def top_directions(adapter: Adapter, module: str) -> tuple[Tensor, Tensor]:
     """Return the top singular directions of a layer's update: [O, K] and [I, K]."""
     u_OK, s_K, v_KI = product_svd(*adapter.factors(module))
     k = min(NUM_DIRECTIONS, int((s_K > NEGLIGIBLE * s_K[0]).sum()))
     return u_OK[:, :k], v_KI[:k].t()
 
 
-def _overlap(a: Tensor, b: Tensor, k: int) -> float:
+def subspace_overlap(a: Tensor, b: Tensor, k: int) -> float:
+    """Return the normalised similarity of the spaces that the first k columns of each span, 0 to 1; 0 if k is."""
     return float((a[:, :k].t() @ b[:, :k]).square().sum()) / k if k else 0.0
