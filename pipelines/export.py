@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from infra.errors import BadInput, ConditionFailed, ObjectNotFound
 from infra.fingerprint import sha256_hex, sha256_of_file
 from infra.records import decode_record, encode_record
@@ -28,7 +26,7 @@ from workers.adapter import Adapter
 from workers.adapter_files import CONFIG_NAME, adapter_files
 from workers.consumers import Consumer, find_consumer
 from workers.export import Compatibility, Layers, compatibility, exported, layers_of, report
-from workers.export_merged import stored_dtypes, write_merged
+from workers.export_merged import rounding_of, write_merged
 from workers.export_proof import prove
 from workers.fitting import model_without_weights
 from workers.identity import identify
@@ -225,7 +223,7 @@ def _proof(plan: _Plan, folder: Path) -> dict[str, Any]:
         return {**ids, "consumer": plan.consumer.name, "rule": reason, "float64": None, "float32": None}
     code = plan.subject.stored.manifest.get("trust_remote_code", False)
     if plan.consumer.name == "merged":
-        rounding = max(torch.finfo(dtype).eps for dtype in stored_dtypes(plan.base, plan.adapter))
+        rounding = rounding_of(plan.adapter, plan.base)
         return ids | prove(
             plan.adapter, plan.consumer, plan.base, plan.layers, merged=folder, rounding=rounding, trust_remote_code=code
         )

@@ -12,14 +12,16 @@ from safetensors.torch import load_file
 
 from infra.errors import BadInput, WorkFailed
 from tests.workers.tiny_adapters import classify_with_peft, train_with_peft, write_files
-from tests.workers.tiny_bases import logits, make_base, make_classifier, make_model
+from tests.workers.tiny_bases import logits, make_base, make_classifier, make_model, save
 from workers.adapter import PREFIX
 from workers.adapter_files import adapter_files, read_adapter_folder
 from workers.consumers import CONSUMERS, find_consumer
 from workers.export import compatibility, exported, layers_of, report, universal
-from workers.export_merged import write_merged
+from workers.export_merged import rounding_of, write_merged
 from workers.export_proof import prove
 from workers.identity import identify
+from workers.loading import load_model
+from workers.spec import BaseModelSpec
 
 MIXED: dict[str, Any] = {"use_rslora": True, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"down_proj": 5}, "r": 3}
 ONE_LAYER: dict[str, Any] = {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1]}
@@ -156,15 +158,30 @@ def test_merged_folder_is_the_base_with_the_update_and_a_base_of_its_own(tmp_pat
     assert changed == {f"{name}.weight" for name in adapter.modules}
 
 
+def test_base_in_several_files_is_merged_into_as_many(tmp_path: Path) -> None:
+    base, target = save(make_model("llama"), tmp_path / "base", max_shard_size="30KB"), tmp_path / "merged"
+    train_with_peft(tmp_path / "theirs")
+    adapter, files = read_adapter_folder(tmp_path / "theirs"), identify(base).files
+    assert len([name for name in files if name.endswith(".safetensors")]) > 1
+    target.mkdir()
+    write_merged(adapter, base, files, target)
+    expected = logits(PeftModel.from_pretrained(make_model("llama"), tmp_path / "theirs").eval())
+    merged = load_model(target, BaseModelSpec(name_or_path=str(target)))
+    assert torch.allclose(logits(merged), expected, atol=1e-5)
+
+
 def test_merged_weights_of_a_bfloat16_base_stay_bfloat16(tmp_path: Path) -> None:
     base = tmp_path / "base"
-    make_model("llama").bfloat16().save_pretrained(base)
+    save(make_model("llama").bfloat16(), base)
     train_with_peft(tmp_path / "theirs")
     adapter, target = read_adapter_folder(tmp_path / "theirs"), tmp_path / "merged"
     target.mkdir()
     write_merged(adapter, base, identify(base).files, target)
     assert {tensor.dtype for tensor in load_file(target / "model.safetensors").values()} == {torch.bfloat16}
-    proof = prove(adapter, CONSUMERS["merged"], base, layers_of(make_model("llama")), merged=target, rounding=2.0**-7)
+    assert rounding_of(adapter, base) == 2.0**-7
+    proof = prove(
+        adapter, CONSUMERS["merged"], base, layers_of(make_model("llama")), merged=target, rounding=rounding_of(adapter, base)
+    )
     assert 0 < proof["float64"]["largest_difference"] < proof["largest_effect"]
 
 
