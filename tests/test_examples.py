@@ -6,6 +6,7 @@ from pathlib import Path
 from infra.settings import Settings
 from infra.strict import parse
 from pipelines.files import load_job, load_sweep
+from pipelines.gates import load_gates
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -38,6 +39,12 @@ def test_the_example_of_a_base_in_four_bits_is_one() -> None:
     assert spec.peft.rank_pattern == {"down_proj": 32}
 
 
+def test_the_example_gates_are_gates() -> None:
+    gates = load_gates(EXAMPLES / "gates.yaml")
+    assert [gate.name for gate in gates.gates] == ["better_than_champion", "better_than_base", "guard guard.jsonl", "effect"]
+    assert gates.folder == EXAMPLES
+
+
 def test_no_example_is_forgotten_here() -> None:
-    known = ["classifier.yaml", "job.yaml", "lorafleet.toml", "qlora.yaml", "sweep.yaml"]
+    known = ["classifier.yaml", "gates.yaml", "job.yaml", "lorafleet.toml", "qlora.yaml", "sweep.yaml"]
     assert sorted(path.name for path in EXAMPLES.iterdir()) == known
