@@ -289,7 +289,8 @@ def main() -> int:
     tokens = ours["num_tokens"] / options.trials / options.steps
     result = {
         "facts": facts("torch", "transformers", "peft", "ray", "optuna", "lorafleet"),
-        "setting": f"stories260k (width 64), SNIPS get-weather, {options.trials} trials x {options.steps} steps, batch {options.batch}, "
+        "setting": f"stories260k (width 64), SNIPS get-weather, {options.trials} trials x {options.steps} steps, "
+        f"batch {options.batch}, "
         f"{tokens:.0f} tokens per step, evaluation every {EVAL_STEPS} steps on {NUM_VALID} rows; "
         f"the peer 2 at a time, lorafleet {options.concurrent} on 2 hosts, 1 thread each",
         "lorafleet": ours,
