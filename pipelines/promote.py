@@ -36,6 +36,7 @@ from pipelines.projection import project
 from pipelines.references import CHALLENGER, CHAMPION, PREVIOUS, find_reference, model_in
 from workers import layout
 from workers.bases import read_base
+from workers.data.contract import has_tokenizer, prompt_contract
 from workers.identity import identify
 from workers.manifests import AdapterRef, check_base
 
@@ -112,7 +113,8 @@ def promote(
     found = find_reference(store, ref, tenant)
     manifest = _verified(store, found)
     if base is not None:
-        check_base(manifest, identify(base, cache_dir), trained_on=read_base(store, found.base_id))
+        contract = prompt_contract(base) if has_tokenizer(base) else None  # which a folder of mere weights cannot have wrong
+        check_base(manifest, identify(base, cache_dir), prompt_contract=contract, trained_on=read_base(store, found.base_id))
     case = _Case(store, found, _task_of(ref, manifest) if task is None else task, manifest, base is not None)
     for num_left in reversed(range(MAX_TRIES)):
         head = read_head(store, found.tenant, case.task)

@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from infra.errors import BadInput, WrongBase
+from infra.errors import BadInput
 from infra.storage import Storage
-from workers.bases import add_base, find_base
+from workers.bases import add_base, find_base, read_base
 from workers.data.classification import labels_of
 from workers.data.contract import prompt_contract
 from workers.data.render import Renderer
@@ -22,7 +22,7 @@ from workers.data.tokenizer import load_tokenizer
 from workers.engine.head_shapes import BERTS, ENCODERS, POOLER_PARTS, refuse_other_families
 from workers.identity import BaseIdentity, identify, training_view
 from workers.job import BaseRef, DataRef, Job, pin
-from workers.manifests import AdapterRef, read_manifest
+from workers.manifests import AdapterRef, check_base, read_manifest
 from workers.spec import BaseModelSpec, DataSpec, JobSpec, TaskType
 from workers.targets import alphas_of, check_ranks, linears_of_tensors, ranks_of, select_targets
 
@@ -113,8 +113,9 @@ class Resolver:
         if spec.peft.init_adapter is None:
             return None
         base_id, adapter_id = self.find_adapter(spec.tenant, spec.peft.init_adapter)
-        refuse_other_base(f"peft.init_adapter {adapter_id[:12]}", base_id, base.ref.base_id)
         manifest = read_manifest(self.store, AdapterRef(spec.tenant, base_id, adapter_id))
+        trained_on = read_base(self.store, base_id)
+        check_base(manifest, base.identity, prompt_contract=base.ref.prompt_contract, trained_on=trained_on)
         if (manifest["task_type"] == "SEQ_CLS") != (spec.task_type == "SEQ_CLS"):
             raise BadInput(
                 f"peft.init_adapter {adapter_id[:12]} is of task_type {manifest['task_type']}, and this job of {spec.task_type}; "
@@ -205,13 +206,4 @@ def _refuse_other_labels(manifest: Mapping[str, Any], labels: tuple[str, ...]) -
         raise BadInput(
             f"peft.init_adapter {manifest['adapter_id'][:12]} tells apart other labels than these training rows ({what}); "
             "set init_adapter to null."
-        )
-
-
-def refuse_other_base(what: str, trained_on: str, present: str) -> None:
-    """Raise WrongBase unless both ids are one."""
-    if trained_on != present:
-        raise WrongBase(
-            f"{what} was trained on the base {trained_on[:12]}, and this base is {present[:12]}; "
-            "use the base it was trained on, or train an adapter for this one."
         )

@@ -1,4 +1,4 @@
-"""No damage goes unseen: single bits and cut ends of every kind of object are found by verify, and refused where they are read."""
+"""No damage goes unseen: flipped bits and cut ends of every kind of object are found by verify, and refused where it is read."""
 
 import os
 import random
