@@ -231,6 +231,16 @@ def test_a_row_that_is_used_again_begins_with_zero_gradients_and_moments() -> No
         assert not owned_by_nobody(bank).any()
 
 
+def test_restoring_in_the_middle_of_a_step_forgets_its_gradient() -> None:
+    pack, trainings = a_pack(gradient_accumulation_steps=2, per_device_train_batch_size=2)
+    pack.advance(trainings)
+    training = trainings[2]
+    assert any(gradient.any() for gradient in gradients_of(training))
+    training.restore(*training.state())
+    assert not any(gradient.any() for gradient in gradients_of(training))
+    assert not training.is_mid_step
+
+
 def test_gradients_are_zero_after_each_step() -> None:
     pack, trainings = a_pack()
     pack.advance(trainings)

@@ -142,6 +142,22 @@ def test_norms_are_those_of_each_adapter_and_have_the_same_bits_in_any_company()
         assert gradient_norms([alone], [{alone: own}]) == [norms[number]]
 
 
+def test_layers_that_only_others_have_add_nothing_to_a_norm_not_even_rounding() -> None:
+    shapes = {f"layer{number}": Shape(96, 160) for number in range(12)}
+    own = {name: 8 for number, name in enumerate(shapes) if number % 3 == 1}
+    found = []
+    for others in ([], [{"layer0": 1}], [dict.fromkeys(shapes, 2)]):
+        bank = LoraBank(8, shapes, torch.device("cpu"))
+        row = [*(bank.add(other) for other in others), bank.add(own)][-1]
+        for number, name in enumerate(own):
+            generator = torch.Generator().manual_seed(number)
+            for factor in bank.read(row, GRADIENTS, name):  # of such sizes that a sum in float64 rounds
+                sizes = torch.rand(factor.shape, generator=generator) * -6
+                factor.copy_(torch.randn(factor.shape, generator=generator) * 10 ** sizes.sort(0).values)
+        found += gradient_norms([bank], [{bank: row}])
+    assert found[0] == found[1] == found[2]
+
+
 def test_an_adapter_in_two_banks_has_one_norm() -> None:
     small, (first, *_) = filled_bank(RANKS, torch.float32)
     large = LoraBank(16, SHAPES, torch.device("cpu"))
