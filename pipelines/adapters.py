@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from infra.errors import BadInput, WorkFailed
+from infra.errors import BadInput, ObjectNotFound, WorkFailed
 from infra.storage import Storage
+from pipelines.evidence import read
 from pipelines.journal import candidates, history, models
 from pipelines.references import aliases_in, find_reference, parse_model
 from pipelines.workspace import Workspace
@@ -134,12 +135,26 @@ def _metric_text(metrics: Mapping[str, Any]) -> str:
 
 
 def show_adapter(workspace: Workspace, reference: str) -> dict[str, Any]:
-    """Return all that is known of an adapter: what lists say, the rest of its manifest, and the keys of its evidence."""
+    """Return all that is known of an adapter: what lists say, the rest of its manifest, its evidence and audits."""
     store = workspace.store
     ref = find_reference(store, reference)
     manifest = read_manifest(store, ref)
     evidence = [info.key for info in store.list(layout.evidence_of(ref.tenant, ref.adapter_id))]
-    return {**manifest, **_described(store, ref, manifest, _models(store, ref.tenant)), "evidence": evidence}
+    described = _described(store, ref, manifest, _models(store, ref.tenant))
+    return {**manifest, **described, "evidence": evidence, "audits": _audits(store, evidence)}
+
+
+def _audits(store: Storage, keys: Iterable[str]) -> list[str]:
+    """Return the sentences of the audits among evidence; what is damaged is `adapters verify`'s subject."""
+    found = []
+    for key in keys:
+        try:
+            body = read(store, key)
+        except (BadInput, WorkFailed, ObjectNotFound):
+            continue
+        if body.get("kind") == "audit":
+            found.append(str(body["sentence"]))
+    return found
 
 
 def _origin(shown: Mapping[str, Any]) -> str:
@@ -160,6 +175,7 @@ def adapter_text(shown: Mapping[str, Any]) -> str:
         f"metrics  {', '.join(f'{name} {float(value):.4f}' for name, value in shown['metrics'].items()) or '-'}",
         f"size     {shown['num_parameters']:,} parameters",
         *(f"file     {name}  {file['size_bytes']:,} bytes  sha256 {file['sha256']}" for name, file in shown["files"].items()),
+        *(f"audit    {sentence}" for sentence in shown["audits"]),
         *(f"evidence {key}" for key in shown["evidence"]),
         f"uri      {shown['uri']}",
     ]

@@ -15,7 +15,13 @@ from pipelines.cli_common import INTERRUPTED, app, load, print_text
 
 log = logging.getLogger("lorafleet")
 
-for module in ("cli_making", "cli_registry", "cli_serving", "cli_operations"):  # --help lists the commands in this order
+for module in (
+    "cli_making",
+    "cli_registry",
+    "cli_serving",
+    "cli_audit",
+    "cli_operations",
+):  # --help lists the commands in this order
     load(f"pipelines.{module}")
 
 
