@@ -108,7 +108,7 @@ def find_evaluation(store: Storage, binding: Binding, data_digest: str, setting:
 
 
 def _written(store: Storage, binding: Binding) -> float:
-    """Return when the journal's end was written, by the store's clock in whole seconds: evidence older than it is stale unread."""
+    """Return when the journal's end was written, by the store's clock in whole seconds: older evidence is stale unread."""
     if binding.head is None:
         return 0.0
     info = store.head(layout.journal(binding.adapter.tenant, binding.task, binding.head.generation))

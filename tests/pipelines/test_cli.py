@@ -177,6 +177,6 @@ def test_schemas_are_those_of_the_files(cli: CommandLine) -> None:
     job = cli("schema", "job").json
     assert job["properties"]["peft"]["$ref"] == "#/$defs/PeftSpec"
     assert job["additionalProperties"] is False
-    assert set(cli("schema").json) == {"job", "sweep", "settings"}
+    assert set(cli("schema").json) == {"job", "sweep", "gates", "settings"}
     assert "lease_seconds" in cli("schema", "settings").json["properties"]
     assert "space" in cli("schema", "sweep").json["properties"]
