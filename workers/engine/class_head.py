@@ -103,9 +103,10 @@ class ClassHead:
         anchor = torch.zeros((), device=x_MD.device, requires_grad=True)
         x = x_MD.to(part.bank.dtype)
         for layer in self.shape.layers:
-            x = _GroupedAffine.apply(x, anchor, part, layer, ends_G)
+            filled = _GroupedAffine.apply(x, anchor, part, layer, ends_G)
+            x = filled[:, : layer.out_features or part.bank.num_labels]
             x = torch.tanh(x) if layer.activation == "tanh" else x
-        return x[:, : part.bank.num_labels]
+        return x
 
 
 class _GroupedAffine(torch.autograd.Function):
