@@ -109,7 +109,10 @@ class _Better(StrictModel):
     )
     confidence: Annotated[float, Field(ge=0.5, lt=1.0)] = Field(0.95, description="Of the one-sided interval of the gain.")
     seed: Annotated[int, Field(ge=0, lt=2**31)] = Field(0, description="Of the bootstrap's draws.")
-    data: str | None = Field(None, description="Rows to compare on; None: test rows of the adapter's job, or validation rows.")
+    data: str | None = Field(
+        None,
+        description="Rows to compare on, from the folder of the gates file; None: held-out rows of the adapter's job.",
+    )
 
     def _verdict(self, name: str, context: GateContext, against: Side) -> Verdict:
         found = context.compare(against, self.data, self.metric, self.confidence, self.seed)
@@ -151,7 +154,9 @@ class Guard(StrictModel):
     """No worse than the champion (the first one: than the plain base) on rows of a file."""
 
     kind: Literal["guard"]
-    data: str = Field(min_length=1, description="Rows that must not get worse; a file, a glob or s3://.")
+    data: str = Field(
+        min_length=1, description="Rows that must not get worse: a file or glob from the folder of the gates file, or s3://."
+    )
     metric: Metric = Field("eval/loss", description="What is compared.")
     max_regression: Annotated[float, Field(ge=0)] = Field(0.0, description="How much worse it may be, in the metric's unit.")
 

@@ -215,32 +215,43 @@ def rollback(
     `to` names it (id, prefix, alias); None is the champion before the present one. Said again without `to` it changes nothing,
     so that the command may be repeated when it was killed; to go further back, name the adapter.
 
-    Raises BadInput if there is no earlier champion, `to` never was one, or its files are gone; WorkFailed as `promote`.
+    Who names an adapter gets it also if somebody else becomes champion meanwhile; who does not has to look again (WorkFailed).
+
+    Raises BadInput if there is no earlier champion, `to` never was one, its files are gone, or the task is frozen.
     """
-    entries = history(store, tenant, task)
-    if not entries:
-        raise BadInput(f"{tenant}.{task} has no champion yet, so there is nothing to roll back; promote an adapter first.")
-    head, deeds = entries[-1], changes_of_champion(entries)
-    _refuse_frozen(head, tenant, task)
-    if to is None and deeds[-1].kind == "rollback":
-        sentence = (
-            f"{tenant}.{task} was rolled back to {head.adapter_id[:12]} already by {deeds[-1].actor} "
-            f"(generation {deeds[-1].generation}); name an adapter with --to to go elsewhere."
+    for num_left in reversed(range(MAX_TRIES)):
+        entries = history(store, tenant, task)
+        if not entries:
+            raise BadInput(f"{tenant}.{task} has no champion yet, so there is nothing to roll back; promote an adapter first.")
+        head, deeds = entries[-1], changes_of_champion(entries)
+        _refuse_frozen(head, tenant, task)
+        if to is None and deeds[-1].kind == "rollback":
+            return _settled(store, registry, tenant, task, head, _is_rolled_back(deeds[-1], tenant, task))
+        target = _earlier_champion(store, deeds, tenant, task, to)
+        if target.adapter_id == head.adapter_id:
+            return _settled(store, registry, tenant, task, head, _is_champion(head, tenant, task))
+        change = Change(
+            kind="rollback",
+            adapter_id=target.adapter_id,
+            base_id=target.base_id,
+            evidence=target.evidence,
+            actor=actor,
+            reason=reason,
+            previous=head.adapter_id,
         )
-        return _settled(store, registry, tenant, task, head, sentence)
-    target = _earlier_champion(store, deeds, tenant, task, to)
-    if target.adapter_id == head.adapter_id:
-        return _settled(store, registry, tenant, task, head, _is_champion(head, tenant, task))
-    change = Change(
-        kind="rollback",
-        adapter_id=target.adapter_id,
-        base_id=target.base_id,
-        evidence=target.evidence,
-        actor=actor,
-        reason=reason,
-        previous=head.adapter_id,
+        try:
+            return _done(store, registry, tenant, task, commit(store, tenant, task, change, head.generation))
+        except Overtaken:
+            if to is None or not num_left:
+                raise
+    raise AssertionError("the last try returns or raises")
+
+
+def _is_rolled_back(deed: Entry, tenant: str, task: str) -> str:
+    return (
+        f"{tenant}.{task} was rolled back to {deed.adapter_id[:12]} already by {deed.actor} (generation {deed.generation}); "
+        "name an adapter with --to to go elsewhere."
     )
-    return _done(store, registry, tenant, task, commit(store, tenant, task, change, head.generation))
 
 
 def freeze(store: Storage, tenant: str, task: str, *, actor: str, reason: str = "") -> PromotionOutcome:

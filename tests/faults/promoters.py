@@ -130,9 +130,9 @@ class Promoters:
         store, chance = self._workspace.store, draw.random()
         if head is not None and head.kind == "freeze":
             unfreeze(store, TENANT, TASK, actor=actor)
-        elif head is not None and chance < 0.04:
+        elif head is not None and chance < 0.015:
             freeze(store, TENANT, TASK, actor=actor)
-        elif head is not None and chance < 0.10:
+        elif head is not None and chance < 0.07:
             rollback(store, registry, TENANT, TASK, draw.choice(self._plan.adapters), actor=actor)
         else:
             others = [one for one in self._plan.adapters if head is None or one != head.adapter_id]
