@@ -112,7 +112,7 @@ def test_adapter_that_a_consumer_reads_right_is_copied_as_it_is(tmp_path: Path) 
         ({"alpha_pattern": {"q_proj": 2}}, set(ENGINES)),
         (ONE_LAYER, {"lorax"}),
     ],
-    ids=str,
+    ids=["rslora", "rank pattern", "alpha pattern", "one layer"],
 )
 def test_each_consumer_gets_the_universal_form_for_what_it_reads_wrong(
     tmp_path: Path, options: dict[str, Any], universal_for: set[str]
