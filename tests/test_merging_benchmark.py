@@ -11,6 +11,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+@pytest.mark.scale
 def test_merging_is_compared_with_peft_on_both_customers(test_data: Path) -> None:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "LORAFLEET_TEST_DATA": str(test_data)}
     command = [sys.executable, str(REPOSITORY / "benchmarks" / "merging.py"), "--steps", "2", "--rank", "2", "--rows", "2"]

@@ -7,7 +7,7 @@ import pytest
 from tests.end_to_end.ground import SWEEP, TENANT, ground_in
 
 pytestmark = pytest.mark.timeout(900)
-NUM_TRIALS = 12
+NUM_TRIALS = 8
 
 
 def adapter_ids(folder: Path, test_data: Path, max_concurrent: int) -> dict[int, str | None]:

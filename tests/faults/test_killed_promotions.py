@@ -146,6 +146,7 @@ def assert_shown_after_one_reconcile(ground: Ground, entries: list[Entry]) -> No
     assert read_head(ground.store, TENANT, TASK) == entries[-1]
 
 
+@pytest.mark.faults
 def test_promoters_killed_at_every_point_leave_one_journal(ground: Ground) -> None:
     deaths = ground.run(
         num_promoters=4, num_generations=12, points=[f"{point}:1" for point in POINTS], num_random_kills=2, num_projecting=0
