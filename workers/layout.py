@@ -158,3 +158,37 @@ def journal(tenant_: str, task: str, generation: int) -> str:
 
 def head(tenant_: str, task: str) -> str:
     return f"{model(tenant_, task)}HEAD"
+
+
+def fleet(name: str) -> str:
+    return f"fleets/{_name(name)}/"
+
+
+def fleet_claim(name: str) -> str:
+    return f"{fleet(name)}claim.json"
+
+
+def nights(fleet_name: str) -> str:
+    return f"{fleet(fleet_name)}nights/"
+
+
+def night(fleet_name: str, night_: str) -> str:
+    return f"{nights(fleet_name)}{_name(night_)}/"
+
+
+def night_file(fleet_name: str, night_: str, file: str) -> str:
+    """`file` is one of ours: night.json, outcomes.json, report.json, page.html."""
+    return f"{night(fleet_name, night_)}{file}"
+
+
+def night_plan(fleet_name: str, night_: str, tenant_: str, task: str) -> str:
+    return f"{night(fleet_name, night_)}plans/{_name(tenant_)}.{_name(task)}.json"
+
+
+def night_row(fleet_name: str, night_: str, tenant_: str, task: str) -> str:
+    return f"{night(fleet_name, night_)}rows/{_name(tenant_)}.{_name(task)}.json"
+
+
+def forgotten(tenant_: str) -> str:
+    """The tombstone of a tenant whose objects were removed; it names nothing of what was there."""
+    return f"forgotten/{_name(tenant_)}.json"
