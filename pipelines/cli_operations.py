@@ -106,7 +106,9 @@ def gc(
 
 @app.command()
 def schema(
-    kind: Annotated[str | None, typer.Argument(metavar="[job|sweep|gates|settings]", help="Kind of file; default: all.")] = None,
+    kind: Annotated[
+        str | None, typer.Argument(metavar="[job|sweep|gates|fleet|settings]", help="Kind of file; default: all.")
+    ] = None,
 ) -> None:
     """Print the JSON schema of the files people write."""
     print_json(load("pipelines.schema").schema(kind))

@@ -8,10 +8,17 @@ from pydantic import BaseModel
 from infra.errors import BadInput
 from infra.settings import Settings
 from pipelines.gates import GatesFile
+from pipelines.nightly.spec import FleetSpec
 from sweeps.spec import SweepSpec
 from workers.spec import JobSpec
 
-SCHEMAS: dict[str, type[BaseModel]] = {"job": JobSpec, "sweep": SweepSpec, "gates": GatesFile, "settings": Settings}
+SCHEMAS: dict[str, type[BaseModel]] = {
+    "job": JobSpec,
+    "sweep": SweepSpec,
+    "gates": GatesFile,
+    "fleet": FleetSpec,
+    "settings": Settings,
+}
 
 
 def schema(name: str | None) -> dict[str, Any]:

@@ -7,6 +7,7 @@ from infra.settings import Settings
 from infra.strict import parse
 from pipelines.files import load_job, load_sweep
 from pipelines.gates import load_gates
+from pipelines.nightly.spec import load_fleet
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
@@ -45,6 +46,12 @@ def test_the_example_gates_are_gates() -> None:
     assert gates.folder == EXAMPLES
 
 
+def test_the_example_fleet_is_a_fleet_of_the_example_job() -> None:
+    fleet = load_fleet(EXAMPLES / "fleet.yaml")
+    assert (fleet.spec.name, fleet.template.task) == ("prod", "support")
+    assert len(fleet.spec.customers) == 3
+
+
 def test_no_example_is_forgotten_here() -> None:
-    known = ["classifier.yaml", "gates.yaml", "job.yaml", "lorafleet.toml", "qlora.yaml", "sweep.yaml"]
+    known = ["classifier.yaml", "fleet.yaml", "gates.yaml", "job.yaml", "lorafleet.toml", "qlora.yaml", "sweep.yaml"]
     assert sorted(path.name for path in EXAMPLES.iterdir()) == known

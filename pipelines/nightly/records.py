@@ -39,6 +39,8 @@ class Care:
 
     num_read: int = 0
     """Good rows: for training, validation and holdout together."""
+    num_accepted: int = 0
+    """Good rows on the last night whose rows were not held: what a collapse is measured against."""
     num_quarantined: int = 0
     num_duplicates: int = 0
     num_overlap: int = 0
@@ -106,6 +108,10 @@ class Row:
     ended_at: float = 0.0
     num_rejections: int = 0
     """In a row, this one included."""
+    data_digest: str | None = None
+    """Of all good rows; with the two below and `base_id`, what `state_key` was made of."""
+    recipe_digest: str | None = None
+    gates_digest: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""

@@ -177,6 +177,9 @@ def test_schemas_are_those_of_the_files(cli: CommandLine) -> None:
     job = cli("schema", "job").json
     assert job["properties"]["peft"]["$ref"] == "#/$defs/PeftSpec"
     assert job["additionalProperties"] is False
-    assert set(cli("schema").json) == {"job", "sweep", "gates", "settings"}
+    assert set(cli("schema").json) == {"job", "sweep", "gates", "fleet", "settings"}
     assert "lease_seconds" in cli("schema", "settings").json["properties"]
     assert "space" in cli("schema", "sweep").json["properties"]
+    fleet = cli("schema", "fleet").json
+    assert "discover" in fleet["$defs"]["DiscoverSpec"]["properties"]
+    assert "default" not in fleet["$defs"]["ListedSpec"]["properties"]["priority"]  # what an entry leaves out, the defaults say
