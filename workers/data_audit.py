@@ -113,7 +113,12 @@ def overlap(rows: Sequence[Row], others: Sequence[Row]) -> Repeats:
 
 def normalised_text(row: Row) -> str:
     """Return what a row says, in one case and one form of white space and characters; without the label of a text with one."""
-    text = "\x00".join(" ".join(part.split()) for part in texts_of(row))
+    return normalised(texts_of(row))
+
+
+def normalised(texts: Sequence[str]) -> str:
+    """Return texts as one, in one case and one form of white space and characters."""
+    text = "\x00".join(" ".join(part.split()) for part in texts)
     return unicodedata.normalize("NFKC", text).casefold()
 
 

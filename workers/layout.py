@@ -42,6 +42,11 @@ def data(tenant_: str, digest: str) -> str:
     return f"{tenant(tenant_)}data/{_id(digest)}/"
 
 
+def quarantine(tenant_: str, digest: str) -> str:
+    """The list of a night's bad rows: places and what is wrong, none of the text."""
+    return f"{tenant(tenant_)}quarantine/{_id(digest)}.jsonl"
+
+
 def jobs(tenant_: str, base_id: str) -> str:
     return f"{tenant(tenant_)}{_id(base_id)}/jobs/"
 

@@ -57,6 +57,10 @@ class Resolver:
     notes: list[str] = field(default_factory=list)
     """Sentences about what was noticed and is no error (duplicates between splits, ...)."""
     _bases: dict[BaseModelSpec, _Base] = field(default_factory=dict)
+    _descriptors: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """By base_id, of bases that adapters were trained on; written once, so read once."""
+    _renderers: dict[BaseModelSpec, Renderer] = field(default_factory=dict)
+    """One for each base: those of jobs share its tokenizer, and the child process of its chat template."""
     _data: dict[tuple[str, DataSpec, TaskType], _Data] = field(default_factory=dict)
     _rendered: set[tuple[DataSpec, TaskType, int]] = field(default_factory=set)
 
@@ -66,12 +70,20 @@ class Resolver:
         _refuse_other_tasks(spec, base.identity)
         self._check_adapter(spec, base)
         initial = self._initial_adapter(spec, base)
-        data = self._data_of(spec, base)
-        if initial is not None:
-            _refuse_other_labels(initial, data.labels)
-        init_adapter_id = None if initial is None else str(initial["adapter_id"])
-        self._check_answers(spec, base, data.splits.validation)
-        return pin(spec, base.ref, data.train, data.validation, data.test, init_adapter_id, data.labels)
+        return self._pinned(spec, base, self._data_of(spec), initial)
+
+    def resolve_rows(self, spec: JobSpec, splits: Splits, *, is_rendered: bool = False) -> Job:
+        """Return the pinned job of rows that are there already: `spec.data` is not read, and the rows are not remembered.
+
+        The checks are those of `resolve`. With `is_rendered` the caller vouches that every row has been rendered by
+        `renderer(spec, labels)` and has a target. Raises BadInput, WrongBase or ServiceUnavailable.
+        """
+        base = self._base(spec.base_model)
+        _refuse_other_tasks(spec, base.identity)
+        self._check_adapter(spec, base)
+        initial = self._initial_adapter(spec, base)
+        data = self._kept(spec, splits, is_rendered)
+        return self._pinned(spec, base, data, initial)
 
     def read(self, spec: JobSpec) -> tuple[Splits, Renderer]:
         """Return the rows of a spec and what renders them, without storing anything; the rows are not rendered yet."""
@@ -84,9 +96,19 @@ class Resolver:
 
     def renderer(self, spec: JobSpec, labels: Sequence[str] = ()) -> Renderer:
         """Return the renderer that turns a spec's rows into tokens as training does; `labels` are those of a classifier."""
-        base = self._base(spec.base_model)
-        context_length = base.identity.context_length
-        return Renderer(load_tokenizer(base.path), spec.training.max_length, context_length=context_length, labels=labels)
+        held = spec.base_model
+        if held not in self._renderers:
+            base = self._base(held)
+            context_length = base.identity.context_length
+            self._renderers[held] = Renderer(load_tokenizer(base.path), spec.training.max_length, context_length=context_length)
+        return self._renderers[held].for_job(spec.training.max_length, labels)
+
+    def _pinned(self, spec: JobSpec, base: _Base, data: _Data, initial: Mapping[str, Any] | None) -> Job:
+        if initial is not None:
+            _refuse_other_labels(initial, data.labels)
+        init_adapter_id = None if initial is None else str(initial["adapter_id"])
+        self._check_answers(spec, base, data.splits.validation)
+        return pin(spec, base.ref, data.train, data.validation, data.test, init_adapter_id, data.labels)
 
     def _base(self, spec: BaseModelSpec) -> _Base:
         if spec not in self._bases:
@@ -114,7 +136,9 @@ class Resolver:
             return None
         base_id, adapter_id = self.find_adapter(spec.tenant, spec.peft.init_adapter)
         manifest = read_manifest(self.store, AdapterRef(spec.tenant, base_id, adapter_id))
-        trained_on = read_base(self.store, base_id)
+        trained_on = self._descriptors.get(base_id) or read_base(self.store, base_id)
+        if trained_on is not None:
+            self._descriptors[base_id] = trained_on
         check_base(manifest, base.identity, prompt_contract=base.ref.prompt_contract, trained_on=trained_on)
         if (manifest["task_type"] == "SEQ_CLS") != (spec.task_type == "SEQ_CLS"):
             raise BadInput(
@@ -123,23 +147,25 @@ class Resolver:
             )
         return manifest
 
-    def _data_of(self, spec: JobSpec, base: _Base) -> _Data:
+    def _data_of(self, spec: JobSpec) -> _Data:
         key = (spec.tenant, spec.data, spec.task_type)
+        rendering = (spec.data, spec.task_type, spec.training.max_length)
         if key not in self._data:
             splits = load_splits(spec.data, self.folder)
-            labels = _labels(spec, splits)
-            self._check_renders(spec, splits, labels)
+            self._data[key] = self._kept(spec, splits, is_rendered=False)
             self.notes += splits.notes
-            self._data[key] = _Data(
-                splits,
-                labels,
-                save_rows(self.store, spec.tenant, splits.train),
-                self._saved(spec, splits.validation),
-                self._saved(spec, splits.test),
-            )
-        elif (spec.data, spec.task_type, spec.training.max_length) not in self._rendered:
+            self._rendered.add(rendering)
+        elif rendering not in self._rendered:
             self._check_renders(spec, self._data[key].splits, self._data[key].labels)
+            self._rendered.add(rendering)
         return self._data[key]
+
+    def _kept(self, spec: JobSpec, splits: Splits, is_rendered: bool) -> _Data:
+        labels = _labels(spec, splits)
+        if not is_rendered:
+            self._check_renders(spec, splits, labels)
+        train = save_rows(self.store, spec.tenant, splits.train)
+        return _Data(splits, labels, train, self._saved(spec, splits.validation), self._saved(spec, splits.test))
 
     def _check_answers(self, spec: JobSpec, base: _Base, validation: list[Row] | None) -> None:
         """Make sure that answers can be generated where the job asks for them: they are when it has been trained."""
@@ -163,7 +189,6 @@ class Resolver:
         for rows in (splits.train, splits.validation, splits.test):
             if rows:
                 renderer.render_all(rows)
-        self._rendered.add((spec.data, spec.task_type, spec.training.max_length))
 
 
 def _labels(spec: JobSpec, splits: Splits) -> tuple[str, ...]:

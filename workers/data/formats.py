@@ -80,6 +80,29 @@ def to_rows(raws: Iterable[RawRow], format: str, name: str) -> ReadRows:
     return ReadRows(rows, found, tuple(sorted(ignored)))
 
 
+@dataclass(frozen=True)
+class SiftedRow:
+    """One row on its own in canonical form."""
+
+    row: Row
+    format: str
+    ignored_keys: frozenset[str]
+
+
+def sift_row(raw: RawRow, format: str) -> SiftedRow | str:
+    """Turn one row into a canonical one, whatever the rows beside it are; else return what is wrong with it.
+
+    `format` is a format's name or auto. What is wrong is the end of a sentence that begins with the row's place.
+    """
+    try:
+        value = _readable(raw)
+        found = _detect(value) if format == "auto" else format
+        row = Row(_convert(value, found, detecting=False), raw.where)
+    except _Problem as problem:
+        return str(problem)
+    return SiftedRow(row, found, frozenset(value.keys() - {*FORMATS[found].required, *FORMATS[found].optional}))
+
+
 def _readable(raw: RawRow) -> dict[str, Any]:
     if raw.problem is not None:
         raise _Problem(raw.problem)

@@ -18,13 +18,14 @@ Rows are never padded, so an EOS that doubles as padding keeps its place in the 
 from __future__ import annotations
 
 import bisect
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from infra.errors import BadInput
-from workers.data.classification import fit_in_frame, frame_of, label_numbers
+from workers.data.classification import fit_in_frame, frame_of, label_numbers, refuse_unlabelled
 from workers.data.contract import default_template_of
 from workers.data.formats import is_trained
 from workers.data.rows import Row, refuse_untrainable
@@ -73,7 +74,9 @@ class Renderer:
         """
         self.tokenizer = tokenizer
         self.max_length = min(max_length, context_length or max_length)
+        self._context_length = context_length
         self._template_text = template or default_template_of(tokenizer.chat_template, "the base's tokenizer")
+        self._made_template: list[ChatTemplate] = []  # one at most, made when conversations come; shared by `for_job`
         self._leading, self._trailing = frame_of(tokenizer)
         self.labels = tuple(labels)
 
@@ -109,6 +112,31 @@ class Renderer:
                 return self._plain_examples(rows, prompts, self._tokenise([row.body["completion"] for row in rows]))
             case _:
                 return self._plain_examples(rows, [[]] * len(rows), self._tokenise([row.body["text"] for row in rows]))
+
+    def render_each(self, rows: Sequence[Row]) -> list[Example | str]:
+        """Render rows of one kind, in order; in place of one that cannot be trained on stands what is wrong with it.
+
+        That is the end of a sentence that begins with the row's place. Raises BadInput only for what is wrong with all of
+        them: such a job cannot be trained on this kind, or the chat template is none.
+        """
+        if self.labels:
+            refuse_unlabelled(rows)
+            return [self._classified_or_problem(row) for row in rows]
+        refuse_untrainable(rows)
+        if rows[0].kind != "messages":
+            return [self._with_target(example) for example in self.render_unchecked(rows)]
+        rendered = self._template.render_each(rows)
+        good = [(row, text) for row, text in zip(rows, rendered, strict=True) if isinstance(text, Rendered)]
+        examples = iter(self._conversation_examples([row for row, _ in good], [text for _, text in good]))
+        return [text if isinstance(text, str) else self._with_target(next(examples)) for text in rendered]
+
+    def for_job(self, max_length: int, labels: Sequence[str] = ()) -> Renderer:
+        """Return a renderer that differs in these only: it shares the tokenizer, and the template's child process."""
+        _ = self._control_tokens  # a cached property is copied once it has been read
+        other = copy.copy(self)
+        other.max_length = min(max_length, self._context_length or max_length)
+        other.labels = tuple(labels)
+        return other
 
     def prompt_ids(self, row: Row) -> list[int]:
         """Return the ids that the row's last trained answer is generated from: a prefix of its training ids, uncut.
@@ -173,8 +201,13 @@ class Renderer:
         parts = row.body.get("messages") or [{"content": value} for value in row.body.values()]
         return any(token in part["content"] for part in parts for token in self._control_tokens)
 
-    @cached_property
+    @property
     def _template(self) -> ChatTemplate:
+        if not self._made_template:
+            self._made_template.append(self._make_template())
+        return self._made_template[0]
+
+    def _make_template(self) -> ChatTemplate:
         tokens = {name: str(token) for name, token in self.tokenizer.special_tokens_map.items() if isinstance(token, str)}
         if self._template_text is not None:
             return ForeignTemplate(self._template_text, tokens)
@@ -246,8 +279,23 @@ class Renderer:
             examples.append(Example(ids, [False] * len(ids), row.where, was_cut, number))
         return examples
 
+    def _classified_or_problem(self, row: Row) -> Example | str:
+        try:
+            return self._classified_examples([row])[0]
+        except BadInput as error:
+            return str(error).removeprefix(row.where).strip().removesuffix(".")
+
+    def _with_target(self, example: Example) -> Example | str:
+        if example.num_supervised:
+            return example
+        return f"has no supervised token within max_length {self.max_length}; shorten it, or raise training.max_length"
+
     def _render_conversations(self, rows: Sequence[Row]) -> list[Example]:
-        conversations = self._template.render(rows)
+        return self._conversation_examples(rows, self._template.render(rows))
+
+    def _conversation_examples(self, rows: Sequence[Row], conversations: Sequence[Rendered]) -> list[Example]:
+        if not rows:
+            return []
         encoded = self._encode([conversation.text for conversation in conversations], offsets=True)
         return [
             self._cut(ids, _mask(offsets, self._trimmed_spans(conversation)), row.where)

@@ -17,6 +17,7 @@ from typing import Literal
 from infra.errors import BadInput
 from infra.storage import Storage
 from workers.data.reading import EXTENSIONS
+from workers.spec import DataSpec
 
 Role = Literal["train", "validation", "test"]
 OpenUri = Callable[[str], Storage]
@@ -57,6 +58,20 @@ def find_files(source: str, role: Role, folder: Path, workspace: Path, open_uri:
     if glob.has_magic(source):
         return _find_glob(source, folder)
     raise BadInput(f"{source} does not exist in {folder.absolute()}.{_hint(path.name, _names_in(path.parent))}")
+
+
+def files_of_role(spec: DataSpec, role: Role, folder: Path, workspace: Path, open_uri: OpenUri) -> list[SourceFile]:
+    """Return the files that a data spec means for `role`: those it names, else those of its folder; none if it means none.
+
+    Raises BadInput if what it names is not there.
+    """
+    named = {"train": spec.train, "validation": spec.validation, "test": spec.test}[role]
+    if named is None and not is_folder(spec.train, folder):
+        return []
+    files = find_files(named or spec.train, role, folder, workspace, open_uri)
+    if not files and named:
+        raise BadInput(f"data.{role}: {named} has no {role}.* file; name a file, or put one there.")
+    return files
 
 
 def _find_glob(pattern: str, folder: Path) -> list[SourceFile]:

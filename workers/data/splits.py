@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from infra.errors import BadInput
-from infra.storage import Storage
+from infra.stores import open_store
 from workers.data.formats import to_rows
 from workers.data.reading import read_raw
 from workers.data.rows import Row, kind_of, num_duplicates, position_of
-from workers.data.sources import OpenUri, Role, SourceFile, find_files, is_folder
+from workers.data.sources import OpenUri, Role, SourceFile, files_of_role
 from workers.spec import DataSpec
 
 
@@ -36,7 +36,7 @@ def load_splits(spec: DataSpec, folder: Path, open_uri: OpenUri | None = None) -
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="lorafleet-data-") as workspace:
         read = {
-            role: _read_role(spec, role, folder, Path(workspace), open_uri or _open_store, notes)
+            role: _read_role(spec, role, folder, Path(workspace), open_uri or open_store, notes)
             for role in ("train", "validation", "test")
         }
     train, validation, test = read["train"] or [], read["validation"], read["test"]
@@ -61,24 +61,11 @@ def split_rows(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]
     return rest, chosen
 
 
-def _open_store(uri: str) -> Storage:
-    from infra.stores import open_store  # here, since reading local files needs no boto3
-
-    return open_store(uri)
-
-
 def _read_role(
     spec: DataSpec, role: Role, folder: Path, workspace: Path, open_uri: OpenUri, notes: list[str]
 ) -> list[Row] | None:
-    named = {"train": spec.train, "validation": spec.validation, "test": spec.test}[role]
-    if named is None and not is_folder(spec.train, folder):
-        return None
-    files = find_files(named or spec.train, role, folder, workspace, open_uri)
-    if not files:
-        if named:
-            raise BadInput(f"data.{role}: {named} has no {role}.* file; name a file, or put one there.")
-        return None
-    return _read_files(files, spec.format, notes)
+    files = files_of_role(spec, role, folder, workspace, open_uri)
+    return _read_files(files, spec.format, notes) if files else None
 
 
 def _read_files(files: Sequence[SourceFile], format: str, notes: list[str]) -> list[Row]:

@@ -1,9 +1,12 @@
 """Conversations to text by a chat template: the base's own in a child process with limits, or our default one.
 
-A foreign template may loop for ever or build gigabytes; it then costs its child process and becomes one BadInput.
+A foreign template may loop for ever or build gigabytes; it then costs its child process and becomes one BadInput, or what is
+wrong with the one row on which it did. The next rows get another child.
 The default, for bases without a template, is named: its name stands for it in the prompt contract.
 """
 
+import contextlib
+import itertools
 import json
 import subprocess
 import sys
@@ -31,6 +34,8 @@ answer: most tokenizers join it with the first word."""
 
 _MAX_TEMPLATE_CHARS = 256 * 1024
 _MEMORY_BYTES = 1 << 30
+_MAX_LOST_CHILDREN = 2
+"""Of one reading row by row: rows on which the template did not end. What follows them is not tried any more."""
 _BATCH_CHARS = 4 << 20
 _BATCH_ROWS = 1000
 _MESSAGES_PER_CPU_SECOND = 2000
@@ -62,6 +67,10 @@ class ChatTemplate(Protocol):
         """Render `rows` of kind messages. Raises BadInput, naming the first row that the template refuses or does not nest."""
         ...
 
+    def render_each(self, rows: Sequence[Row]) -> list[Rendered | str]:
+        """Render `rows` of kind messages; in place of one that cannot be rendered stands what is wrong with it."""
+        ...
+
 
 class DefaultTemplate:
     """Our own template, trusted, rendered in this process."""
@@ -73,17 +82,26 @@ class DefaultTemplate:
 
     def render(self, rows: Sequence[Row]) -> list[Rendered]:
         """Render `rows`."""
-        results = [
+        return _checked(rows, self._results(rows))
+
+    def render_each(self, rows: Sequence[Row]) -> list[Rendered | str]:
+        """Render `rows`, each on its own."""
+        return [_rendered_or_problem(result) for result in self._results(rows)]
+
+    def _results(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+        return [
             template_child.render_conversation(
                 self._template, self._variables, row.body["messages"], _trained(row), max_chars=1 << 40
             )
             for row in rows
         ]
-        return _checked(rows, results)
 
 
 class ForeignTemplate:
-    """A base's template, rendered in a child process of bounded CPU time and memory, which lives as long as this object."""
+    """A base's template, rendered in a child process of bounded CPU time and memory.
+
+    The child lives as long as this object; one that was lost to a row is replaced when the next rows come.
+    """
 
     def __init__(self, template: str, variables: Mapping[str, str], limits: TemplateLimits | None = None) -> None:
         """`variables` are the tokenizer's special tokens by name. Raises BadInput if the text is no template."""
@@ -91,55 +109,87 @@ class ForeignTemplate:
             raise BadInput(f"the base's chat template has {len(template)} characters, expected at most {_MAX_TEMPLATE_CHARS}.")
         self._limits = limits or TemplateLimits()
         self._lock = threading.Lock()
-        self._child = _start_child()
-        self._stop = weakref.finalize(self, _stop_child, self._child)
-        start = {
+        self._start = {
             "template": template,
             "variables": dict(variables),
             "memory_bytes": self._limits.memory_bytes,
             "cpu_seconds": self._limits.cpu_seconds,
         }
-        if problem := self._ask(start, self._limits.cpu_seconds).get("problem"):
-            self.close()
-            raise BadInput(
-                f"the base's chat template cannot be read ({problem}); correct it or remove it from the base's folder."
-            )
+        self._begin()
 
     def render(self, rows: Sequence[Row]) -> list[Rendered]:
         """Render `rows`, in batches."""
         results: list[dict[str, Any]] = []
         with self._lock:
             for batch in _batches(rows):
-                results += self._render_batch(batch)
+                answers, seconds = self._answers(batch)
+                if len(answers) < len(batch):
+                    raise BadInput(f"the base's chat template {self._unended(seconds)}; use another template.")
+                results += answers
         return _checked(rows, results)
 
+    def render_each(self, rows: Sequence[Row]) -> list[Rendered | str]:
+        """Render `rows`, in batches; a row on which the template does not end is bad, and after a few so are all that follow."""
+        results: list[dict[str, Any]] = []
+        num_lost = 0
+        with self._lock:
+            for batch in _batches(rows):
+                left = batch
+                while left and num_lost < _MAX_LOST_CHILDREN:
+                    answers, seconds = self._answers(left)
+                    results += answers
+                    left = left[len(answers) :]
+                    if left:
+                        num_lost += 1
+                        results.append({"problem": f"it {self._unended(seconds)}"})
+                        left = left[1:]
+                results += [{"problem": "it did not end on earlier rows, so this one was not tried"}] * len(left)
+        return [_rendered_or_problem(result) for result in results]
+
     def close(self) -> None:
-        """End the child process; nothing can be rendered after that."""
+        """End the child process."""
         self._stop()
 
-    def _render_batch(self, rows: Sequence[Row]) -> list[dict[str, Any]]:
+    def _begin(self) -> None:
+        """Start a child and hand it the template. Raises BadInput if the text is no template."""
+        self._child = _start_child()
+        self._stop = weakref.finalize(self, _stop_child, self._child)
+        answers = self._ask(self._start, 1)
+        if not answers or "problem" in answers[0]:
+            self.close()
+            problem = answers[0]["problem"] if answers else f"it {self._unended(self._limits.cpu_seconds)}"
+            raise BadInput(
+                f"the base's chat template cannot be read ({problem}); correct it or remove it from the base's folder."
+            )
+
+    def _answers(self, rows: Sequence[Row]) -> tuple[list[dict[str, Any]], float]:
+        """Return what the child answers, one for each row up to that on which it ended, and the CPU seconds it was allowed."""
+        if not self._stop.alive:
+            self._begin()
         conversations = [{"messages": row.body["messages"], "trained": _trained(row)} for row in rows]
         seconds = self._limits.cpu_seconds + sum(map(_num_renderings, conversations)) / _MESSAGES_PER_CPU_SECOND
         chars = max(map(_num_chars, conversations))
-        return self._ask({"rows": conversations, "max_chars": 16 * chars + 65536, "cpu_seconds": seconds}, seconds)
+        request = {"rows": conversations, "max_chars": 16 * chars + 65536, "cpu_seconds": seconds}
+        return self._ask(request, len(rows)), seconds
 
-    def _ask(self, request: Mapping[str, Any], seconds: float) -> Any:
+    def _ask(self, request: Mapping[str, Any], num_answers: int) -> list[Any]:
+        """Return as many answers, fewer if the child ended; it is put away then."""
         stdin, stdout = self._child.stdin, self._child.stdout
         assert stdin is not None
         assert stdout is not None
-        try:
+        lines: list[bytes] = []
+        with contextlib.suppress(BrokenPipeError):
             stdin.write(json.dumps(request).encode() + b"\n")
             stdin.flush()
-            answer = stdout.readline()
-        except (BrokenPipeError, ValueError):
-            answer = b""
-        if not answer.endswith(b"\n"):
+            lines = list(itertools.islice(stdout, num_answers))
+        if lines and not lines[-1].endswith(b"\n"):
+            lines.pop()
+        if len(lines) < num_answers:
             self.close()
-            raise BadInput(
-                f"the base's chat template did not end within {seconds:.0f} s of CPU time and "
-                f"{self._limits.memory_bytes >> 20} MiB of memory; use another template."
-            )
-        return json.loads(answer)
+        return [json.loads(line) for line in lines]
+
+    def _unended(self, seconds: float) -> str:
+        return f"did not end within {seconds:.0f} s of CPU time and {self._limits.memory_bytes >> 20} MiB of memory"
 
 
 def _start_child() -> "subprocess.Popen[bytes]":
@@ -194,14 +244,26 @@ def _checked(rows: Sequence[Row], results: Sequence[Mapping[str, Any]]) -> list[
         row, result = bad[0]
         more = f" ({len(bad) - 1} more such rows follow.)" if len(bad) > 1 else ""
         raise BadInput(_refusal(row, result) + more)
-    return [Rendered(result["text"], tuple((start, end) for start, end in result["spans"])) for result in results]
+    return [_rendered(result) for result in results]
+
+
+def _rendered_or_problem(result: Mapping[str, Any]) -> Rendered | str:
+    return _rendered(result) if "text" in result else _problem(result)
+
+
+def _rendered(result: Mapping[str, Any]) -> Rendered:
+    return Rendered(result["text"], tuple((start, end) for start, end in result["spans"]))
 
 
 def _refusal(row: Row, result: Mapping[str, Any]) -> str:
+    return f"{row.where}{'' if 'problem' in result else ':'} {_problem(result)}."
+
+
+def _problem(result: Mapping[str, Any]) -> str:
     if "problem" in result:
-        return f"{row.where} is refused by the base's chat template: {result['problem']}."
+        return f"is refused by the base's chat template: {result['problem']}"
     number = result["unnested"] + 1
     return (
-        f"{row.where}: the base's chat template writes message {number} differently once more messages follow, so what the "
-        f'model answers there is not what it would be trained on; give that message "weight": 0 to train on later turns only.'
+        f"the base's chat template writes message {number} differently once more messages follow, so what the "
+        f'model answers there is not what it would be trained on; give that message "weight": 0 to train on later turns only'
     )

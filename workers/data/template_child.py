@@ -106,14 +106,8 @@ def _allow(seconds: float) -> None:
     resource.setrlimit(resource.RLIMIT_CPU, (math.ceil(time.process_time() + seconds), resource.RLIM_INFINITY))
 
 
-def _answer(template: jinja2.Template, variables: Mapping[str, str], request: Mapping[str, Any]) -> list[dict[str, Any]]:
-    return [
-        render_conversation(template, variables, row["messages"], row["trained"], request["max_chars"]) for row in request["rows"]
-    ]
-
-
 def _serve() -> None:
-    """Take the template and the limits on the first line, then answer each line of rows with a line of results."""
+    """Take the template and the limits on the first line, then answer each line of rows with a line for each row."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, whose pipe ends this process
     start = json.loads(sys.stdin.readline())
     resource.setrlimit(resource.RLIMIT_AS, (start["memory_bytes"], start["memory_bytes"]))
@@ -130,7 +124,10 @@ def _serve() -> None:
     for line in sys.stdin:
         request = json.loads(line)
         _allow(request["cpu_seconds"])
-        print(json.dumps(_answer(template, start["variables"], request)), flush=True)  # noqa: T201
+        for row in request["rows"]:
+            answer = render_conversation(template, start["variables"], row["messages"], row["trained"], request["max_chars"])
+            # One by one, so that the row which costs this process its life is known: the first without an answer.
+            print(json.dumps(answer), flush=True)  # noqa: T201
 
 
 if __name__ == "__main__":
