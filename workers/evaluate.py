@@ -17,10 +17,11 @@ from workers.engine.batches import make_sequence, make_stream
 from workers.engine.class_head import Classified
 from workers.engine.generate import generate_answers
 from workers.engine.lora import Factors
+from workers.engine.portions import Worn
 from workers.engine.resident import PROBE_TOKENS, Measured, ResidentBase, has_effect, measure
 from workers.loading import load_model
 from workers.scores import RowScores
-from workers.spec import BaseModelSpec, EvaluationSpec
+from workers.spec import BaseModelSpec, EvaluationSpec, TaskType
 
 ROWS_PER_PASS = 16
 
@@ -82,12 +83,19 @@ def score_rows(
     examples = renderer.render_all(rows)
     measured = [one for start in range(0, len(rows), ROWS_PER_PASS) for one in _measured_apart(base, examples, start)]
     answered = answer_rows(base, renderer, rows, evaluation.max_new_tokens) if answers else None
-    pattern = re.compile(evaluation.format_pattern, re.DOTALL) if evaluation.format_pattern is not None else None
+    return scores_of(measured, [renderer.target_bytes([example]) for example in examples], answered, evaluation.format_pattern)
+
+
+def scores_of(
+    measured: Sequence[Measured], num_bytes: Sequence[int], answered: Sequence[Answer] | None, format_pattern: str | None
+) -> RowScores:
+    """Return what was found of rows, one by one, as scores; `num_bytes` are those of the rows' targets."""
+    pattern = re.compile(format_pattern, re.DOTALL) if format_pattern is not None else None
     return RowScores(
         loss=tuple(one.loss_sum for one in measured),
         num_targets=tuple(len(one.expected) if isinstance(one, Classified) else one.num_targets for one in measured),
         num_correct=tuple(_num_correct(one) for one in measured),
-        num_bytes=tuple(renderer.target_bytes([example]) for example in examples),
+        num_bytes=tuple(num_bytes),
         exact_match=None if answered is None else tuple(one.generated == one.reference for one in answered),
         format_validity=None
         if answered is None or pattern is None
@@ -112,14 +120,24 @@ class Bench:
     """A base on which stored adapters are tried one after the other, in this process."""
 
     def __init__(
-        self, path: Path, spec: BaseModelSpec, max_length: int, num_threads: int = 1, *, labels: Sequence[str] = ()
+        self,
+        path: Path,
+        spec: BaseModelSpec,
+        max_length: int,
+        num_threads: int = 1,
+        *,
+        labels: Sequence[str] = (),
+        device: str = "cpu",
+        base: ResidentBase | None = None,
     ) -> None:
         """Load the base of a folder; rows are cut at `max_length` tokens. A job's numbers come back with its threads.
 
-        With the `labels` of a classifier rows are classified; the plain base then has a head that tells nothing apart.
+        With the `labels` of a classifier rows are classified; the plain base then has a head that tells nothing apart. A `base`
+        that was loaded from the folder before, for the same kind of task, is used again.
         """
         torch.set_num_threads(num_threads)
-        self.base = ResidentBase(load_model(path, spec, task_type="SEQ_CLS" if labels else "CAUSAL_LM"))
+        task_type: TaskType = "SEQ_CLS" if labels else "CAUSAL_LM"
+        self.base = base or ResidentBase(load_model(path, spec, task_type=task_type, device=device))
         self.labels = tuple(labels)
         length = self.base.context_length
         self.renderer = Renderer(load_tokenizer(path), max_length, context_length=length, labels=self.labels)
@@ -127,16 +145,21 @@ class Bench:
     @contextmanager
     def wearing(self, adapter: Adapter | None) -> Iterator[None]:
         """Switch an adapter in (None: the plain base). Raises BadInput if it does not fit the model, tensor by tensor."""
+        worn = self.worn(adapter)
+        self.base.switch(worn.factors, worn.head)
+        try:
+            yield
+        finally:
+            self.base.switch({})
+
+    def worn(self, adapter: Adapter | None) -> Worn:
+        """Return what an adapter (None: the plain base) puts on the base. Raises BadInput as `wearing` does."""
         if adapter is not None and adapter.labels != self.labels:
             raise BadInput(
                 f"the adapter tells apart {', '.join(adapter.labels)[:80] or 'no labels'}, and these rows are measured for "
                 f"{', '.join(self.labels)[:80] or 'no labels'}; evaluate it in a command of its own."
             )
-        self.base.switch({} if adapter is None else self._factors(adapter), self._head(adapter))
-        try:
-            yield
-        finally:
-            self.base.switch({})
+        return Worn({} if adapter is None else self._factors(adapter), self._head(adapter))
 
     def evaluate(self, adapter: Adapter | None, rows: Sequence[Row], evaluation: EvaluationSpec) -> dict[str, float]:
         """Measure the base with an adapter on rows."""
@@ -152,12 +175,16 @@ class Bench:
 
     def moves_logits(self, adapter: Adapter) -> bool:
         """Tell whether the adapter fits the base and moves its logits, to finite values, on a fixed row of tokens."""
+        worn = self.worn(adapter)
+        return has_effect(self.base, worn.factors, self.probe, worn.head)
+
+    @property
+    def probe(self) -> Example:
+        """The fixed row of tokens on which the effect of adapters is looked for."""
         vocabulary = max(2, int(self.base.model.config.get_text_config().vocab_size))
         ids = [number % vocabulary for number in range(1, PROBE_TOKENS + 1)]
         label = 0 if self.labels else None
-        probe = Example(ids, [label is None and place > 0 for place in range(PROBE_TOKENS)], "a row of tokens", label=label)
-        with self.wearing(adapter):  # refuses another classifier's labels
-            return has_effect(self.base, self._factors(adapter), probe, self._head(adapter))
+        return Example(ids, [label is None and place > 0 for place in range(PROBE_TOKENS)], "a row of tokens", label=label)
 
     def answers(self, adapter: Adapter | None, rows: Sequence[Row], max_new_tokens: int) -> list[Answer]:
         """Generate an answer for the last turn of each row."""
@@ -178,4 +205,6 @@ class Bench:
             a, b = adapter.factors(module)
             if layer is None or a.shape[1] != layer.in_features or b.shape[0] != layer.out_features:
                 raise BadInput(f"the adapter's layer {module} does not fit this base; use the base it was trained on.")
-        return {module: Factors(*adapter.factors(module), adapter.scale(module)) for module in adapter.modules}
+        device = self.base.device
+        pairs = {module: adapter.factors(module) for module in adapter.modules}
+        return {module: Factors(a.to(device), b.to(device), adapter.scale(module)) for module, (a, b) in pairs.items()}

@@ -38,6 +38,14 @@ class Factors:
     scale: float
 
 
+@dataclass(frozen=True)
+class Share:
+    """One layer's update of some tokens of a stream."""
+
+    tokens: slice
+    factors: Factors
+
+
 @dataclass(eq=False)
 class Group:
     """Linears that share their input. Holds what the linear called first has computed for those called after it."""
@@ -70,13 +78,15 @@ class Group:
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear and what stands beside it at the moment: nothing, one adapter's factors, or its group's pack."""
+    """A frozen linear and what stands beside it at the moment: nothing, one adapter's factors, those of several adapters that
+    share a stream without training, or its group's pack."""
 
     def __init__(self, base: nn.Module, frozen: Frozen) -> None:
         super().__init__()
         self.base = base
         self.frozen = frozen
         self.factors: Factors | None = None
+        self.shares: Sequence[Share] = ()
         self.group: Group | None = None
         self.place = 0
 
@@ -93,10 +103,16 @@ class LoraLinear(nn.Module):
         if self.group is not None and self.group.plan is not None:
             return self.group.output(self.place, x)
         y = self.frozen.product(x)  # not the module's own, which may differ where it is held in 4 bits: see FrozenLinear4bit
+        for share in self.shares:
+            y[..., share.tokens, :] += _update(x[..., share.tokens, :], share.factors).to(y.dtype)
         if self.factors is None:
             return y
-        update = nn.functional.linear(nn.functional.linear(x.to(self.factors.a.dtype), self.factors.a), self.factors.b)
-        return y + (update * self.factors.scale).to(y.dtype)
+        return y + _update(x, self.factors).to(y.dtype)
+
+
+def _update(x: Tensor, factors: Factors) -> Tensor:
+    """Return s B A x [..., O]."""
+    return nn.functional.linear(nn.functional.linear(x.to(factors.a.dtype), factors.a), factors.b) * factors.scale
 
 
 class _GroupFunction(torch.autograd.Function):

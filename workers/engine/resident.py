@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -14,17 +15,29 @@ from transformers import GenerationConfig, PreTrainedModel
 from infra.errors import BadInput
 from workers.data.render import Example
 from workers.engine.attention import install_attention
-from workers.engine.batches import Pooling, Stream, make_sequence, make_stream
+from workers.engine.batches import TILE, Pooling, Stream, make_sequence, make_stream
 from workers.engine.class_head import ClassHead, Classified
 from workers.engine.head_shapes import HeadShape, first_position
 from workers.engine.lm_head import LanguageHead, Losses
-from workers.engine.lora import Factors, Group, LoraLinear, Watch, install, switch
+from workers.engine.lora import Factors, Group, LoraLinear, Share, Watch, install, switch
 from workers.engine.plan import Plan
 
 PROBE_TOKENS = 8
 
 
 Measured = Losses | Classified
+
+
+@dataclass(frozen=True)
+class Guest:
+    """An adapter on its part of a stream that several share, in a pass without gradients."""
+
+    tokens: slice
+    num_predictions: int
+    """Positions of its part that the head reads."""
+    factors: Mapping[str, Factors]
+    head: Mapping[str, Tensor]
+    """Of a classifier, as in `ResidentBase.switch`."""
 
 
 class ResidentBase:
@@ -51,6 +64,7 @@ class ResidentBase:
         _silence_dropout(model)
         self.head: LanguageHead | ClassHead = ClassHead(model) if self.classifies else LanguageHead(model)
         self._own_head: Mapping[str, Tensor] = {}
+        self._guests: Sequence[Guest] = ()
         self._plan: Plan | None = None
         self.groups: list[Group] = self._find_groups()
 
@@ -77,6 +91,24 @@ class ResidentBase:
         module) behind them; an empty mapping leaves the plain base."""
         switch(self.layers, factors)
         self._own_head = head or {}
+
+    @contextmanager
+    def shared(self, guests: Sequence[Guest]) -> Iterator[None]:
+        """Let adapters stand beside the base's layers while this is open, each for its own tokens; for passes without gradients.
+
+        Guests are in the order of their tokens, which are multiples of TILE: products with an adapter's factors, and its head,
+        see the shapes they have where it is alone.
+        """
+        self.switch({})
+        self._guests = guests
+        for name, layer in self.layers.items():
+            layer.shares = [Share(guest.tokens, guest.factors[name]) for guest in guests if name in guest.factors]
+        try:
+            yield
+        finally:
+            self._guests = ()
+            for layer in self.layers.values():
+                layer.shares = ()
 
     @contextmanager
     def packed(self, plan: Plan) -> Iterator[None]:
@@ -140,7 +172,7 @@ class ResidentBase:
             losses_K, predicted_K = head.losses_and_predictions(hidden_KD, stream.targets_K, stream.targets, self._plan.heads)
             labels = {member: part.bank.num_labels for part in self._plan.heads for member in part.members}
         else:
-            logits_KL = head.logits_of_one(hidden_KD, self._own_head)
+            logits_KL = self._class_logits(head, hidden_KD)
             losses_K = nn.functional.cross_entropy(logits_KL, stream.targets_K, reduction="none").double()
             predicted_K, labels = logits_KL.argmax(-1), dict.fromkeys(range(len(stream.targets)), logits_KL.shape[1])
         sums = _sums(losses_K, stream)
@@ -156,8 +188,20 @@ class ResidentBase:
         """Return logits, in float32 at least, at the stream's predicting positions: [K, V], or [K, L] of a classifier."""
         hidden_KD = self._picked(stream)
         if isinstance(self.head, ClassHead):
-            return self.head.logits_of_one(hidden_KD, self._own_head)[: stream.num_targets]
+            return self._class_logits(self.head, hidden_KD)[: stream.num_targets]
         return self.head.logits(hidden_KD)[: stream.num_targets]
+
+    def _class_logits(self, head: ClassHead, hidden_KD: Tensor) -> Tensor:
+        """Return logits [K, L] of the head that is switched in, or of each guest's own at its positions."""
+        if not self._guests:
+            return head.logits_of_one(hidden_KD, self._own_head)
+        counts = [guest.num_predictions for guest in self._guests]
+        parts = hidden_KD[: sum(counts)].split(counts)
+        logits = [
+            head.logits_of_one(nn.functional.pad(part, (0, 0, 0, -len(part) % TILE)), guest.head)[: len(part)]
+            for part, guest in zip(parts, self._guests, strict=True)
+        ]
+        return nn.functional.pad(torch.cat(logits), (0, 0, 0, len(hidden_KD) - sum(counts)))
 
     def _picked(self, stream: Stream) -> Tensor:
         with self._attention.sequences(stream.lengths):
