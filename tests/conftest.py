@@ -20,6 +20,11 @@ from tests.contracts.storage_servers import (
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let the longest files begin first, so that no process is left with one of them when the others have ended."""
+    items.sort(key=lambda item: "/end_to_end/" not in item.path.as_posix())
+
+
 @pytest.fixture(scope="session", autouse=True)
 def dummy_credentials() -> Iterator[None]:
     """Keep every S3 client, here and in child processes, from the person's own credentials and endpoints."""

@@ -12,7 +12,7 @@ from infra.strict import parse
 from workers.spec import JobSpec
 
 JOB_FORMAT = "job/1"
-NUMERICS_VERSION = 2
+NUMERICS_VERSION = 3
 """Raised whenever the engine's arithmetic changes bits; part of every job_id."""
 
 

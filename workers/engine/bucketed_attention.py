@@ -19,9 +19,9 @@ from workers.engine.blocked_attention import TOKENS_PER_BLOCK, attend, attend_ba
 from workers.engine.flash_attention import flash_attend, flash_attend_backward
 from workers.engine.sequences import Bucket, Sequences
 
-BLOCKED_FROM = {"narrow": 64, "grouped": 128, "plain": 256}
-"""Padded length from which explicit blocks beat the fused kernel [tokens]; measured on one core, 8 sequences at a time: 0.85 of
-its time at 64 and 0.55 at 256 tokens for heads of 8, 0.8 at 128 and 0.7 at 256 where heads share keys, 0.9 at 256 else."""
+BLOCKED_FROM = {"narrow": 0, "grouped": 128, "plain": 256}
+"""Padded length from which explicit blocks beat the fused kernel [tokens]; measured on one core: 0.6 of its time at 16 to 48 tokens
+and 0.55 at 256 for heads of 8, 0.8 at 128 and 0.7 at 256 where heads share keys, 0.9 at 256 else."""
 
 SCORES_AT_A_TIME = 262_144
 """Scores of a block that are computed together: 1 MiB in float32, the second-level cache of common servers."""
