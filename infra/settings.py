@@ -21,9 +21,15 @@ HOME_NAME = ".lorafleet"
 PREFIX = "LORAFLEET_"
 
 OTHER_VARIABLES = frozenset(
-    {"LORAFLEET_TEST_DATA", "LORAFLEET_CRASHPOINT", "LORAFLEET_CRASHPOINT_SPENT", "LORAFLEET_CRASHPOINT_TRACE"}
+    {
+        "LORAFLEET_NOTIFY_URLS",
+        "LORAFLEET_TEST_DATA",
+        "LORAFLEET_CRASHPOINT",
+        "LORAFLEET_CRASHPOINT_SPENT",
+        "LORAFLEET_CRASHPOINT_TRACE",
+    }
 )
-"""Names with our prefix that are no settings: they belong to tests."""
+"""Names with our prefix that are no settings: addresses that hear of a night, which are secrets; the others belong to tests."""
 
 
 class Settings(StrictModel):

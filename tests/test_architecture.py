@@ -46,6 +46,7 @@ PLACES = {
     "sqlalchemy": ("infra/mlflow_",),
     "optuna": ("sweeps/",),
     "model_signing": ("pipelines/signing",),
+    "apprise": ("pipelines/nightly/notify",),
     "typer": ("pipelines/",),
     "rich": ("pipelines/",),
     "torch": COMPUTING,
@@ -59,7 +60,7 @@ PLACES = {
 }
 """Where each vendor may be imported: paths that start so."""
 
-HEAVY = ("torch", "transformers", "peft", "ray", "mlflow", "optuna", "boto3", "deepspeed", "bitsandbytes")
+HEAVY = ("torch", "transformers", "peft", "ray", "mlflow", "optuna", "boto3", "deepspeed", "bitsandbytes", "apprise")
 
 MOST_LINES_OF_A_FUNCTION = 60
 MOST_LINES_OF_A_MODULE = 500

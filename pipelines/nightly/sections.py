@@ -21,7 +21,7 @@ from pipelines.nightly.plots import Plot, histogram, line, stacked_bars
 from pipelines.nightly.records import STATUSES, NightReport, NightSummary, Row
 from workers.metrics_log import encode_number
 
-MOST_LISTED = 200
+MOST_LISTED = 25
 """Lines of a list of failed, held or rejected customers; the table of all customers has the others."""
 MOST_EXTREME = 15
 """Lines of the lists that show extremes: slowest, most drifted, most bad rows."""
@@ -182,7 +182,9 @@ def _to_look_at(report: NightReport) -> list[Listing]:
 
 
 def _told(row: Row) -> tuple[str, ...]:
-    return name_of(row) + (" (canary)" if row.is_canary else ""), row.reason, row.sentence, row.next_step
+    refusals = (str(one.get("sentence", "")) for one in row.verdicts if not one.get("passed"))
+    name = name_of(row) + (" (canary)" if row.is_canary else "")
+    return name, row.reason, row.sentence or "; ".join(refusals), row.next_step
 
 
 def _extremes(report: NightReport) -> list[Listing]:

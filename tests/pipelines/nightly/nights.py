@@ -8,7 +8,7 @@ from pipelines.nightly.records import Care, NightReport, NightSummary, Row, Sign
 
 HOSTILE = "</script><img src=x onerror=\"document.title='stolen'\"> \ud800 \x1b[31m \u202e & 'quoted' {{ 7 * 7 }}"
 REFUSED = {"gate": "better_than_champion", "passed": False, "sentence": "eval/loss better by -0.1, asked is more than 0.005"}
-STARTED = 1_795_370_400.0
+STARTED = 1_795_456_800.0
 """2026-11-23 in the evening, UTC."""
 
 

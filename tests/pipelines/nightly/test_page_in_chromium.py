@@ -202,7 +202,6 @@ def test_the_page_prints_and_its_picture_is_kept(large: Opened) -> None:
     large.sort("gain")
     picture = ARTEFACTS / "night.png"
     large.page.screenshot(path=picture)
-    large.page.screenshot(path=ARTEFACTS / "night-whole.png", full_page=True)
     assert picture.stat().st_size > 10_000
     large.page.get_by_label("Search").fill("failed")
     printed = large.page.pdf(path=ARTEFACTS / "night.pdf")
