@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, Literal
 
 from pipelines.nightly.customers import Customer
-from pipelines.nightly.planning import Decision, Look, Skip
+from pipelines.nightly.planning import Decision, Look, Skip, place_in_line
 from pipelines.nightly.records import Row, Signature
 from workers.engine.schedule import num_steps
 
@@ -104,9 +104,8 @@ def predict(planned: Sequence[Planned], history: Sequence[Row]) -> Outlook:
         _median(trained, lambda row: row.seconds / row.num_tokens),
         _median(trained, lambda row: row.cost / row.num_tokens),
     )
-    forecasts = [_forecast(one, own.get(one.customer.key), fleet) for one in planned]
-    order = {"train": 0, "look": 0, "skip": 1}
-    return Outlook(tuple(sorted(forecasts, key=lambda one: (order[one.action], -one.priority, one.tenant, one.task))))
+    in_line = sorted(planned, key=lambda one: place_in_line(one.customer, one.last, one.decision))
+    return Outlook(tuple(_forecast(one, own.get(one.customer.key), fleet) for one in in_line))
 
 
 def _forecast(one: Planned, before: Row | None, fleet: _Rates) -> Forecast:

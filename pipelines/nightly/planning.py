@@ -132,6 +132,17 @@ def _decide_on_new_rows(customer: Customer, last: Row, now: float, resweep: bool
     return Skip(_skipped(customer, last, now, TOO_FEW, last.sentence))
 
 
+def place_in_line(customer: Customer, last: Row | None, decision: Decision) -> tuple[bool, bool, bool, int, float, str, str]:
+    """Return what customers are queued by, least first.
+
+    Canaries, then what an earlier night left open, then by priority, then who was trained longest ago. Who is skipped is last.
+    """
+    is_open = last is not None and not last.is_settled
+    trained_at = 0.0 if last is None or last.trained_at is None else last.trained_at
+    standing = (isinstance(decision, Skip), not customer.is_canary, not is_open)
+    return (*standing, -customer.priority, trained_at, customer.tenant, customer.task)
+
+
 def is_old(customer: Customer, last: Row, now: float) -> bool:
     """Tell whether the last training is longer ago than the customer's max_age_days."""
     if customer.max_age_days is None or last.trained_at is None:
