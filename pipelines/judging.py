@@ -53,6 +53,28 @@ class RowSet:
     digest: str
 
 
+@dataclass(frozen=True)
+class Seat:
+    """Where rows are measured: a base, how it is held, and how rows are rendered."""
+
+    subject: Subject
+    """An adapter of that base, with that prompt contract."""
+    path: Path
+    spec: BaseModelSpec
+    max_length: int
+    labels: tuple[str, ...]
+
+
+@dataclass
+class Findings:
+    """What does not change while a command runs, found once for all of its juries. Threads may share it."""
+
+    bases: dict[tuple[str, str, str], Path] = field(default_factory=dict)
+    """Folders that were found to hold a base and its prompt contract, by these two and the job that led there."""
+    files: dict[tuple[Path, str], RowSet] = field(default_factory=dict)
+    """Rows of the files that gates name, by the folder they start from and the name."""
+
+
 @dataclass
 class Jury:
     """Judges adapters by the gates of a file.
@@ -60,6 +82,7 @@ class Jury:
     Args:
         base: A folder with the challengers' base; None looks where their jobs found it, and in the store.
         excused: Let a gate that cannot be run count as failed instead of raising, for a promotion that is forced.
+        findings: Those of other juries of the command.
     """
 
     workspace: Workspace
@@ -70,6 +93,11 @@ class Jury:
     """The last judgement, for whoever shows it."""
     known: dict[tuple[str, str | None, str, bool], RowScores] = field(default_factory=dict)
     """What was measured: by challenger, adapter (None: the plain base), rows, and whether answers were generated."""
+    effects: dict[str, bool] = field(default_factory=dict)
+    """Challengers of which it is known whether they move their base's logits."""
+    findings: Findings = field(default_factory=Findings)
+    held_out: dict[AdapterRef, RowSet] = field(default_factory=dict)
+    """Rows of the challengers' own jobs that are compared on."""
     _subjects: dict[AdapterRef, Subject] = field(default_factory=dict)
     _bench: tuple[Any, Bench] | None = None
 
@@ -99,12 +127,20 @@ class Jury:
         """Return an adapter to look at; read once."""
         return self._subjects.setdefault(ref, Subject(self.workspace, ref.adapter_id, ref.tenant))
 
-    def bench(self, path: Path, spec: BaseModelSpec, max_length: int, labels: tuple[str, ...]) -> Bench:
+    def find_base(self, subject: Subject) -> Path:
+        """Return a folder with an adapter's base, where nobody named one; looked for once."""
+        hint = subject.job.base.path if subject.job is not None else subject.stored.adapter_id
+        key = (subject.base_id, str(subject.stored.manifest.get("prompt_contract")), hint)
+        if key not in self.findings.bases:
+            self.findings.bases[key] = subject.find_base(None)
+        return self.findings.bases[key]
+
+    def bench(self, seat: Seat) -> Bench:
         """Load a base to measure on; the last one stays loaded."""
-        key = (path, spec, max_length, labels)
+        key = (seat.path, seat.spec, seat.max_length, seat.labels)
         if self._bench is None or self._bench[0] != key:
             self._bench = None  # one base in memory at a time
-            self._bench = (key, Bench(path, spec, max_length, labels=labels))
+            self._bench = (key, Bench(*key[:3], labels=seat.labels))
         return self._bench[1]
 
 
@@ -165,7 +201,9 @@ class Case:
     @cached_property
     def path(self) -> Path:
         """A folder with the challenger's base."""
-        return self.subject.find_base(self.jury.base)
+        if self.jury.base is not None:
+            return self.subject.find_base(self.jury.base)
+        return self.jury.find_base(self.subject)
 
     @cached_property
     def setting(self) -> tuple[BaseModelSpec, int]:
@@ -183,9 +221,20 @@ class Case:
     def row_set(self, data: str | None) -> RowSet:
         """Read the rows that a gate names, once. Raises BadInput if there are none."""
         if data not in self._sets:
-            rows = self._rows_of_job() if data is None else self._rows_of_file(data)
-            self._sets[data] = RowSet(rows, digest_of(canonical_rows(rows)))
+            self._sets[data] = self._held_out() if data is None else self._file(data)
         return self._sets[data]
+
+    def _held_out(self) -> RowSet:
+        found = self.jury.held_out
+        if self.challenger not in found:
+            found[self.challenger] = _row_set(self._rows_of_job())
+        return found[self.challenger]
+
+    def _file(self, data: str) -> RowSet:
+        found, key = self.jury.findings.files, (self.folder, data)
+        if key not in found:
+            found[key] = _row_set(self._rows_of_file(data))
+        return found[key]
 
     def _rows_of_file(self, data: str) -> list[Row]:
         splits = load_splits(parse(DataSpec, {"train": data}, "a gate's data"), self.folder)
@@ -221,7 +270,10 @@ class Case:
 
     def has_effect(self) -> bool:
         """See `GateContext`."""
-        return self._own_bench().moves_logits(self.subject.stored.adapter)
+        known, adapter_id = self.jury.effects, self.challenger.adapter_id
+        if adapter_id not in known:
+            known[adapter_id] = self.jury.bench(self.seat("challenger")).moves_logits(self.subject.stored.adapter)
+        return known[adapter_id]
 
     def keep(self) -> Iterator[str]:
         """Keep the scores of each data set as evidence and yield the keys."""
@@ -231,9 +283,8 @@ class Case:
 
     def _before(self, side: Side, rows: RowSet, answers: bool) -> RowScores | None:
         """Return what this command, or an earlier one that asked the very same question, has measured of a side."""
-        identity = self._identity(side)
         for with_answers in {answers, True}:
-            known = self.jury.known.get((self.challenger.adapter_id, identity, rows.digest, with_answers))
+            known = self.jury.known.get(self.key(side, rows.digest, with_answers))
             if known is not None:
                 return known
         if rows.digest not in self._stored:
@@ -242,34 +293,43 @@ class Case:
         return stored if stored is not None and (stored.exact_match is not None or not answers) else None
 
     def _measure(self, side: Side, rows: RowSet, answers: bool) -> RowScores:
-        evaluation = self.subject.evaluation(None)
-        bench = self._champions_bench() if side == "champion" else self._own_bench()
         worn = self.champion_subject if side == "champion" else self.subject
         adapter = None if side == "base" else worn.stored.adapter
-        found = bench.scores(adapter, rows.rows, evaluation, answers=answers)
-        self.jury.known[self.challenger.adapter_id, self._identity(side), rows.digest, answers] = found
+        found = self.jury.bench(self.seat(side)).scores(adapter, rows.rows, self.subject.evaluation(None), answers=answers)
+        self.jury.known[self.key(side, rows.digest, answers)] = found
         return found
+
+    def key(self, side: Side, digest: str, answers: bool) -> tuple[str, str | None, str, bool]:
+        """Return the key of a measurement in `Jury.known`."""
+        return self.challenger.adapter_id, self._identity(side), digest, answers
 
     def _identity(self, side: Side) -> str | None:
         if side == "champion":
             return self.champion_subject.stored.adapter_id
         return self.challenger.adapter_id if side == "challenger" else None
 
-    def _own_bench(self) -> Bench:
-        return self.jury.bench(self.path, *self.setting, self.subject.stored.adapter.labels)
+    def seat(self, side: Side) -> Seat:
+        """Return where a side is measured.
 
-    def _champions_bench(self) -> Bench:
-        """The champion on its own base as it was trained on, rows cut where the challenger's are."""
-        path = self.path if self._shares_tokens() else self.champion_subject.find_base(None)
-        spec, _ = self.champion_subject.setting(path)
+        The champion is on its own base as it was trained on, rows cut where the challenger's are.
+        """
         own, max_length = self.setting
+        if side != "champion":
+            return Seat(self.subject, self.path, own, max_length, self.subject.stored.adapter.labels)
+        champion = self.champion_subject
+        path = self.path if self._shares_tokens() else self.jury.find_base(champion)
+        spec, _ = champion.setting(path)
         alike = path == self.path and _held(spec) == _held(own)
-        return self.jury.bench(path, own if alike else spec, max_length, self.champion_subject.stored.adapter.labels)
+        return Seat(champion, path, own if alike else spec, max_length, champion.stored.adapter.labels)
 
     def _shares_tokens(self) -> bool:
         """Whether champion and challenger have one base, tokenizer and chat template."""
         mine, other = self.manifest, self.champion_subject.stored.manifest
         return all(mine.get(key) == other.get(key) for key in ("base_id", "prompt_contract"))
+
+
+def _row_set(rows: list[Row]) -> RowSet:
+    return RowSet(rows, digest_of(canonical_rows(rows)))
 
 
 def _held(spec: BaseModelSpec) -> tuple[Any, ...]:
