@@ -18,7 +18,7 @@ from pipelines.nightly.entries import LISTED, Entry, entries_of
 from pipelines.nightly.job_template import JobMaker, Variant, data_named
 from pipelines.nightly.recipes import recipe_of
 from pipelines.nightly.records import Row, Signature
-from pipelines.nightly.signatures import REMOTE, OpenUri, signature_of_sources
+from pipelines.nightly.signatures import REMOTE, OpenUri, signature_of_sources, signatures_of_neighbours
 from pipelines.nightly.spec import CustomerSettings, Fleet
 from workers.spec import JobSpec, check_name
 
@@ -116,8 +116,15 @@ def signature_of(customer: Customer, open_store: OpenUri) -> Signature:
 def signatures_of(customers: Sequence[Customer], open_store: OpenUri) -> list[Signature | LorafleetError]:
     """Return the signature of each customer, or why it has none. Buckets are opened once and asked for several at a time."""
     opened = cache(open_store)
+    alone = [one.source for one in customers if _is_remote(one) and len(data_named(one.job.data)) == 1]
+    try:
+        together = signatures_of_neighbours(alone, opened)
+    except LorafleetError:
+        together = {}  # who may not list a folder may list what is in it: each tells its own error
 
     def look(customer: Customer) -> Signature | LorafleetError:
+        if customer.source in together and len(data_named(customer.job.data)) == 1:
+            return together[customer.source]
         try:
             return signature_of(customer, opened)
         except LorafleetError as error:

@@ -8,7 +8,7 @@ import fnmatch
 import glob
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +22,8 @@ OpenUri = Callable[[str], Storage]
 REMOTE = "s3://"
 TENANT = "{tenant}"
 """Stands in a pattern where the names of customers are found."""
+OBJECTS_PER_REQUEST = 1000
+"""Of a listing; S3's own limit."""
 File = tuple[str, int, str]
 """As in Signature.files."""
 
@@ -49,6 +51,24 @@ def signature_of_sources(sources: Mapping[str, str], folder: Path, open_uri: Ope
         # Training rows keep their plain names, as discovery has them.
         files += [(name if role == "train" else f"{role}:{name}", size, stamp) for name, size, stamp in found]
     return Signature(tuple(sorted(files)))
+
+
+def signatures_of_neighbours(sources: Sequence[str], open_uri: OpenUri) -> dict[str, Signature]:
+    """Return signatures of those sources, folders under s3://, that one listing of the folder above them tells together.
+
+    It is given up where there is so much beside them that asking for each would take fewer requests. Sources that are not in the
+    answer have to be asked for one by one. Raises ServiceUnavailable if a bucket cannot be looked at.
+    """
+    families: dict[str, dict[str, str]] = {}
+    for source in sources:
+        if source.startswith(REMOTE) and _is_remote_folder(source):
+            parent, _, name = source.rstrip("/").rpartition("/")
+            families.setdefault(parent, {})[name] = source
+    found: dict[str, Signature] = {}
+    for parent, members in families.items():
+        if len(members) > 1 and parent.startswith(REMOTE):
+            found |= _listed_together(parent, members, open_uri)
+    return found
 
 
 def discover(pattern: str, folder: Path, open_uri: OpenUri) -> Iterator[Discovered]:
@@ -114,6 +134,19 @@ def _remote_files(source: str, open_uri: OpenUri) -> list[File]:
         info = store.head(key)
         files = [] if info is None else [_object(key.rpartition("/")[2], info)]
     return sorted(files) or _nothing(source)
+
+
+def _listed_together(parent: str, members: Mapping[str, str], open_uri: OpenUri) -> dict[str, Signature]:
+    bucket, _, path = parent.removeprefix(REMOTE).partition("/")
+    prefix = f"{path}/" if path else ""
+    files: dict[str, list[File]] = {}
+    for number, info in enumerate(open_uri(f"{REMOTE}{bucket}").list(prefix)):
+        if number == OBJECTS_PER_REQUEST * len(members):
+            return {}
+        name, slash, file = info.key.removeprefix(prefix).partition("/")
+        if name in members and slash and "/" not in file and _holds_rows(file):
+            files.setdefault(members[name], []).append(_object(file, info))
+    return {source: Signature(tuple(sorted(found))) for source, found in files.items()}
 
 
 def _is_remote_folder(source: str) -> bool:

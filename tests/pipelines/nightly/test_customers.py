@@ -12,6 +12,7 @@ from infra.local_storage import LocalStorage
 from infra.s3 import S3Storage
 from infra.stores import open_store
 from pipelines.nightly.customers import customers_of, printable, signature_of, signatures_of
+from pipelines.nightly.signatures import signatures_of_neighbours
 from pipelines.nightly.spec import load_fleet
 from pipelines.nightly.state_key import recipe_digest
 from tests.pipelines.nightly.fleets import by_name, found_in, only_customer, write_fleet, write_rows
@@ -246,6 +247,26 @@ def test_discovery_on_s3_is_one_listing_that_tells_all_signatures(tmp_path: Path
     first = known[0]
     assert not isinstance(first, LorafleetError)
     assert [name for name, _, _ in first.files] == ["train.jsonl", "valid.jsonl"]
+
+
+def test_neighbours_on_s3_are_listed_together_unless_too_much_lies_beside_them(
+    tmp_path: Path, s3_bucket: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_rows(tmp_path / "rows.jsonl")
+    for key in ("a/train.jsonl", "b/train.jsonl", "b/valid.jsonl", "b/old/train.jsonl", "c/notes.txt", "d/train.jsonl"):
+        _put(s3_bucket, f"customers/{key}", path)
+    sources = [f"{s3_bucket}/customers/{name}" for name in ("a", "b/", "c", "missing")]
+    text = "".join(f"  - {{tenant: t{n}, data: '{source}'}}\n" for n, source in enumerate(sources))
+    _, customers, _ = found_in(write_fleet(tmp_path, f"customers:\n{text}"))
+    together = signatures_of_neighbours(sources, open_store)
+    assert set(together) == set(sources[:2])
+    answers = signatures_of(customers, open_store)
+    monkeypatch.setattr("pipelines.nightly.signatures.OBJECTS_PER_REQUEST", 1)
+    assert signatures_of_neighbours(sources, open_store) == {}
+    one_by_one = signatures_of(customers, open_store)
+    assert one_by_one[:2] == answers[:2] == [together[source] for source in sources[:2]]
+    assert [str(error) for error in one_by_one[2:]] == [str(error) for error in answers[2:]]
+    assert "holds no file of rows" in str(answers[2])
 
 
 def test_a_source_that_is_not_there_is_an_answer_beside_the_others(tmp_path: Path, s3_bucket: str) -> None:

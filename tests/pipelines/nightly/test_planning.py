@@ -83,7 +83,7 @@ def test_moved_files_are_read_and_named(customer: Customer) -> None:
 @pytest.mark.parametrize("part", ["base", "recipe", "gates"])
 def test_another_base_recipe_or_gates_train_again(customer: Customer, part: str) -> None:
     argument = {"base": "base_id", "recipe": "recipe_digest", "gates": "gates_digest"}[part]
-    found = decided(customer, last(), **{argument: id_of_bytes(b"other")})
+    found = decided(customer, last(), FILES, **{argument: id_of_bytes(b"other")})
     assert isinstance(found, Train)
     assert (found.because, found.sentence) == (part, f"It is trained: its {part} changed since last time.")
 
@@ -167,7 +167,7 @@ def test_after_each_so_many_rejections_a_new_search_comes_once(customer: Custome
 
 def test_canaries_go_first_then_what_was_left_open_then_priority_then_who_waited_longest(customer: Customer) -> None:
     look = Look("data", "-")
-    line = {
+    line: dict[str, tuple[Customer, Row | None, Decision]] = {
         "skipped": (replace(customer, priority=100), last(), Skip(last())),
         "fresh": (customer, last(trained_at=NOW), look),
         "stale": (customer, last(trained_at=NOW - DAY), look),
