@@ -8,7 +8,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from infra.errors import BadInput, ConditionFailed, ObjectNotFound, WorkFailed
@@ -19,7 +19,7 @@ from pipelines.nightly.drift import NOTABLE, drift, length_of
 from pipelines.nightly.holding import Customer, Reason, hold, skip, unusable
 from pipelines.nightly.holdout import Files, Known, Parted, known, part
 from workers import layout
-from workers.data.render import Example, Renderer
+from workers.data.render import Renderer
 from workers.data.rows import Row
 from workers.data.sifting import Quarantine, SiftedRows, printable, sift_source
 from workers.data.sources import OpenUri
@@ -31,6 +31,7 @@ RendererOf = Callable[[JobSpec, Sequence[str]], Renderer]
 NUM_SHOWN = 20
 """Bad rows that a page shows."""
 _MAX_LABELS = 100
+_BATCH_CHARACTERS = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -178,12 +179,31 @@ class _Use:
     def _rendered(self, rows: list[Known], labels: tuple[str, ...]) -> tuple[list[Known], int]:
         if self.renderer_of is None or not rows or (self.job.task_type == "SEQ_CLS" and not labels):
             return rows, 0
-        found = self.renderer_of(self.job, labels).render_each(_rows(rows))
-        for one, example in zip(rows, found, strict=True):
-            if isinstance(example, str):
-                self.quarantine.add(one.row.where, example)
-        num_tokens = sum(len(example.input_ids) for example in found if isinstance(example, Example))
-        return [one for one, example in zip(rows, found, strict=True) if isinstance(example, Example)], num_tokens
+        renderer = self.renderer_of(self.job, labels)
+        good: list[Known] = []
+        num_tokens = 0
+        for batch in _batches(rows):
+            for one, example in zip(batch, renderer.render_each(_rows(batch)), strict=True):
+                if isinstance(example, str):
+                    self.quarantine.add(one.row.where, example)
+                else:
+                    good.append(one)
+                    num_tokens += len(example.input_ids)
+        return good, num_tokens
+
+
+def _batches(rows: list[Known]) -> Iterator[list[Known]]:
+    """Cut rows into pieces of bounded text, so that the tokens of all of them are never held at once."""
+    batch: list[Known] = []
+    room = _BATCH_CHARACTERS
+    for one in rows:
+        batch.append(one)
+        room -= length_of(one.row)
+        if room <= 0:
+            yield batch
+            batch, room = [], _BATCH_CHARACTERS
+    if batch:
+        yield batch
 
 
 def _past(last: records.Row | None, load_last_rows: Callable[[], list[Row]], notes: list[str]) -> list[Known] | None:

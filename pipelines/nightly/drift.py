@@ -15,7 +15,8 @@ from workers.data.rows import Row
 from workers.data_audit import texts_of
 
 NOTABLE = 0.3
-"""A distance worth a sentence. See the calibration."""
+"""A distance worth a sentence. Where this was tried, two random halves of a customer's 400 rows differ by 0.05 to 0.2, and
+customers with different intents (SNIPS) by 0.45 to 0.5."""
 NUM_BUCKETS = 64
 MAX_ROWS = 1000
 """That are looked at on each side, the first ones: callers order them by hash, so that both nights see the same sample."""

@@ -9,7 +9,7 @@ import csv
 import functools
 import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -39,6 +39,8 @@ class RawRow:
     """Empty if the row could not be read."""
     problem: str | None = None
     """What is wrong with it, as the end of a sentence that begins with `where`."""
+    num_bytes: int = 0
+    """About the room it takes in its file, where it is read leniently."""
 
 
 _Reader = Callable[[Path, str], Iterator[RawRow]]
@@ -222,7 +224,7 @@ def _sift_jsonl(path: Path, name: str, max_line_bytes: int) -> Iterator[RawRow]:
             if line is None:
                 yield RawRow(f"{name}:{number}", {}, _too_long(max_line_bytes))
             elif line.strip():
-                yield _parse_line(f"{name}:{number}", line)
+                yield replace(_parse_line(f"{name}:{number}", line), num_bytes=len(line))
 
 
 class _BadLine(ValueError):
@@ -238,12 +240,12 @@ class _CsvLines:
     def __init__(self, file: BinaryIO, name: str, max_line_bytes: int) -> None:
         self._lines = _bounded_lines(file, name, max_line_bytes)
         self._max_bytes = max_line_bytes
-        self._row_bytes = 0
+        self.row_bytes = 0
         self.number = 0
 
     def begin_row(self) -> int:
         """Return the number of the line at which the next row begins; its length is counted from there."""
-        self._row_bytes = 0
+        self.row_bytes = 0
         return self.number + 1
 
     def __iter__(self) -> "_CsvLines":
@@ -251,8 +253,8 @@ class _CsvLines:
 
     def __next__(self) -> str:
         self.number, line = next(self._lines)
-        self._row_bytes += 0 if line is None else len(line)
-        if line is None or self._row_bytes > self._max_bytes:
+        self.row_bytes += 0 if line is None else len(line)
+        if line is None or self.row_bytes > self._max_bytes:
             raise _BadLine(_too_long(self._max_bytes))
         try:
             return line.decode() + "\n"
@@ -280,7 +282,7 @@ def _sift_csv(path: Path, name: str, max_line_bytes: int) -> Iterator[RawRow]:
             if header is None:
                 header = _checked_header(cells, name)
             elif cells:
-                yield _csv_row(f"{name}:{start}", header, cells)
+                yield replace(_csv_row(f"{name}:{start}", header, cells), num_bytes=lines.row_bytes)
 
 
 def _lost_in_csv(where: str, problem: str) -> BadInput:
@@ -299,10 +301,12 @@ def _sift_parquet(path: Path, name: str) -> Iterator[RawRow]:
             for batch in file.iter_batches(_LENIENT_PARQUET_BATCH_ROWS):
                 for value in _values_of(batch):
                     number += 1
-                    where = f"{name}:{number}"
-                    yield RawRow(where, {}, value) if isinstance(value, str) else RawRow(where, value)
-    except pyarrow.ArrowException as error:
-        reason = str(error).splitlines()[0][:200]
+                    where, room = f"{name}:{number}", batch.nbytes // batch.num_rows
+                    yield RawRow(where, {}, value) if isinstance(value, str) else RawRow(where, value, num_bytes=room)
+    except BadInput:
+        raise
+    except (pyarrow.ArrowException, ValueError, OverflowError, OSError) as error:  # names of columns may be no UTF-8 as well
+        reason = (str(error).splitlines() or [""])[0][:200]
         raise BadInput(f"{name} is not a readable Parquet file after row {number} ({reason}); write it again.") from None
 
 

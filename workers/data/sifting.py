@@ -22,6 +22,8 @@ MAX_LISTED = 10_000
 """Bad rows that are listed of one source; all are counted."""
 GIVE_UP_AFTER = 10_000
 """Bad rows of one file after which the rest is left unread, if the good ones are fewer: it holds no rows at all."""
+MAX_ROWS_BYTES = 256 << 20
+"""Of a source's good rows, all files together. They are held in memory at once, beside those of other customers."""
 _MAX_CHARACTERS = 300
 
 
@@ -43,7 +45,9 @@ class Quarantine:
             self.entries.append((printable(where), printable(problem).removesuffix(".")))
 
     def give_up(self, where: str, sentence: str) -> None:
-        """Note a file whose rest cannot be read."""
+        """Note a file whose rest cannot be read. Once for one sentence: a folder is looked at for each use."""
+        if printable(sentence) in self.unread:
+            return
         self.unread.append(printable(sentence))
         self.entries.append((printable(where), printable(sentence).removesuffix(".")))
 
@@ -66,14 +70,16 @@ def sift_source(
     quarantine: Quarantine,
     open_uri: OpenUri | None = None,
     max_line_bytes: int = MAX_LENIENT_LINE_BYTES,
+    max_rows_bytes: int = MAX_ROWS_BYTES,
 ) -> SiftedRows:
     """Read what `spec` names as `load_splits` does, without splitting; what is bad goes into `quarantine`.
 
-    All rows that come back are of one kind: that of most training rows. Raises ServiceUnavailable, and nothing else.
+    A file with which the good rows exceed `max_rows_bytes` is left where they do. All rows that come back are of one kind: that
+    of most training rows. Raises ServiceUnavailable, and nothing else.
     """
     notes: list[str] = []
     with tempfile.TemporaryDirectory(prefix="lorafleet-data-") as workspace:
-        sift = _Sifting(spec, folder, Path(workspace), open_uri or open_store, max_line_bytes, quarantine, notes)
+        sift = _Sifting(spec, folder, Path(workspace), open_uri or open_store, max_line_bytes, max_rows_bytes, quarantine, notes)
         train = sift.role("train") or []
         validation, test = sift.role("validation"), sift.role("test")
     kind = train[0].kind if train else None
@@ -88,13 +94,14 @@ def printable(text: str) -> str:
     return "".join(letter if letter.isprintable() else letter.encode("unicode_escape").decode() for letter in short)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Sifting:
     spec: DataSpec
     folder: Path
     workspace: Path
     open_uri: OpenUri
     max_line_bytes: int
+    left_bytes: int
     quarantine: Quarantine
     notes: list[str]
 
@@ -117,6 +124,7 @@ class _Sifting:
             for raw in read_leniently(file.path, file.name, self.max_line_bytes):
                 found = sift_row(raw, self.spec.format)
                 if isinstance(found, SiftedRow):
+                    self._make_room(raw, file)
                     good.append(found)
                 else:
                     self.quarantine.add(raw.where, found)
@@ -125,6 +133,11 @@ class _Sifting:
         except BadInput as error:
             self.quarantine.give_up(file.name, _sentence(error))
         return good
+
+    def _make_room(self, raw: RawRow, file: SourceFile) -> None:
+        self.left_bytes -= raw.num_bytes
+        if self.left_bytes < 0:
+            raise BadInput(f"{file.name} was left at {raw.where}: its rows take more room than a customer of a night may have.")
 
     def _of_one_format(self, sifted: Sequence[SiftedRow]) -> list[Row]:
         """Return the rows in the format that most of them have; the others are put aside."""
