@@ -4,13 +4,14 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from infra.errors import ObjectNotFound, ServiceUnavailable
+from infra.errors import BadInput, ObjectNotFound, ServiceUnavailable
 from infra.local_storage import LocalStorage
 from infra.storage import Storage
 from infra.stores import open_store
@@ -20,6 +21,7 @@ from pipelines.nightly.care import Cared, look_after, save_quarantine
 from tests.pipelines.nightly.poison import BOMB, BOMB_TEMPLATE, poisons, write_base_with_bomb, write_poisoned
 from workers.data.render import Renderer
 from workers.data.rows import Row, row_bytes
+from workers.data.splits import Splits
 from workers.data.template import ForeignTemplate, TemplateLimits
 from workers.data.tokenizer import load_tokenizer
 from workers.resolve import Resolver
@@ -456,3 +458,30 @@ def test_cared_rows_become_the_job_that_reading_them_gives(desk: Desk, test_data
     desk.write([dict(row.body) for row in cared.holdout], "test.jsonl")
     read = resolver.resolve(customer.job)
     assert (job.job_id, job.train, job.test) == (read.job_id, read.train, read.test)
+
+
+def test_resolving_given_rows_checks_them_and_remembers_none(desk: Desk, test_data: Path, local_store: LocalStorage) -> None:
+    desk.base = str(test_data / "bases/stories260k")
+    resolver = Resolver(local_store, desk.folder, desk.folder / "cache", lambda tenant, reference: ("", reference))
+    spec = desk.customer(training={"max_length": 96}).job
+    good = [Row(body, f"x:{number}") for number, body in enumerate(chats(range(30)))]
+    cut = Row(chat("Why? " * 200, "So."), "x:99")
+    assert resolver.resolve_rows(spec, Splits(good, None, None)).train.num_rows == 30
+    with pytest.raises(BadInput, match=r"no supervised token within max_length 96 \(first: x:99\)"):
+        resolver.resolve_rows(spec, Splits(good, None, [cut]))
+    assert not resolver._data
+
+
+def test_customers_may_be_looked_after_at_the_same_time(tmp_path: Path, healthy: list[str], talk: Renderer) -> None:
+    desks = [Desk(tmp_path / str(number)) for number in range(8)]
+    for number, desk in enumerate(desks):
+        desk.folder.mkdir()
+        (desk.folder / "train.jsonl").write_text("\n".join(healthy[20 * number :]))
+    renderer = Renderer(talk.tokenizer, 96)
+
+    def digest(desk: Desk) -> str:
+        return desk.care(lambda job, labels: renderer.for_job(job.training.max_length, labels), min_rows=5).digest
+
+    alone = [digest(desk) for desk in desks]
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(digest, desks * 3)) == alone * 3

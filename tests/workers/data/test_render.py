@@ -200,3 +200,46 @@ def test_every_customer_has_one_format(test_data: Path) -> None:
         splits = load_splits(DataSpec(train=str(folder)), folder)
         kinds |= {row.kind for row in [*splits.train, *(splits.validation or []), *(splits.test or [])]}
     assert kinds == {"messages", "classification"}
+
+
+KINDS: dict[str, list[dict[str, Any]]] = {
+    "messages": [
+        {"messages": [{"role": "user", "content": f"Hi {n}"}, {"role": "assistant", "content": "Yes"}]} for n in range(4)
+    ],
+    "prompt_completion": [{"prompt": f"Hi {n}", "completion": "Yes"} for n in range(4)],
+    "text": [{"text": f"Hi {n}"} for n in range(4)],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_row_by_row_the_same_is_rendered_and_what_is_wrong_stands_in_its_place(talk: PreTrainedTokenizerBase, kind: str) -> None:
+    rows = [Row(body, f"x:{number}") for number, body in enumerate(KINDS[kind])]
+    renderer = Renderer(talk, 24)
+    assert renderer.render_each(rows) == renderer.render_all(rows)
+    if kind != "text":
+        key = next(iter(KINDS[kind][0]))
+        long = KINDS[kind][0] | (
+            {"prompt": "so " * 50}
+            if key == "prompt"
+            else {"messages": [{"role": "user", "content": "so " * 50}, rows[0].body["messages"][1]]}
+        )
+        found = renderer.render_each([rows[0], Row(long, "x:9"), rows[1]])
+        assert [found[0], found[2]] == renderer.render_all(rows[:2])
+        assert str(found[1]).startswith("has no supervised token within max_length 24")
+
+
+def test_row_by_row_labels_that_are_not_learned_are_named(talk: PreTrainedTokenizerBase) -> None:
+    rows = [Row({"text": "Hi", "label": label}, f"x:{label}") for label in ("a", "b", "c")]
+    found = Renderer(talk, 24, labels=("a", "b")).render_each(rows)
+    assert found[:2] == Renderer(talk, 24, labels=("a", "b")).render_all(rows[:2])
+    assert str(found[2]).startswith("has the label 'c', which is none of the 2 labels")
+
+
+def test_renderers_of_jobs_share_one_child_and_keep_their_own_lengths(talk: PreTrainedTokenizerBase) -> None:
+    row = Row(KINDS["messages"][0], "x:1")
+    whole = Renderer(talk, 100, context_length=50)
+    one, other = whole.for_job(7), whole.for_job(1000)
+    assert (one.max_length, other.max_length, whole.max_length) == (7, 50, 50)
+    assert other.render(row) == whole.render(row)
+    assert len(one.render_unchecked([row])[0].input_ids) == 7
+    assert one._template is other._template is whole._template

@@ -155,3 +155,31 @@ def test_many_rows_pass_through_one_child() -> None:
     rendered = ForeignTemplate(CHATML, {}).render(rows)
     assert len(rendered) == 3000
     assert {text.text for text in rendered} == {rendered[0].text}
+
+
+ENDLESS = (
+    "{% for m in messages %}{% if m.content == 'bomb' %}{% for a in range(99999) %}{% for b in range(99999) %}"
+    "{% endfor %}{% endfor %}{% endif %}[{{ m.role }}]{{ m.content }}|{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
+)
+
+
+def test_row_by_row_the_row_is_known_on_which_the_template_does_not_end() -> None:
+    template = ForeignTemplate(ENDLESS, {}, TemplateLimits(cpu_seconds=0.5, memory_bytes=256 << 20))
+    good = [conversation("Hi", str(number)) for number in range(3)]
+    expected = template.render(good)
+    each = template.render_each([good[0], good[1], conversation("bomb", "Yes"), good[2]])
+    assert [each[0], each[1], each[3]] == expected
+    assert each[2] == "is refused by the base's chat template: it did not end within 1 s of CPU time and 256 MiB of memory"
+    with pytest.raises(BadInput, match="did not end within"):
+        template.render([good[0], conversation("bomb", "Yes")])
+    assert template.render(good) == expected
+
+
+def test_row_by_row_what_a_template_refuses_or_rewrites_is_told_of_each_row() -> None:
+    system = Row({"messages": [{"role": "system", "content": "x"}, {"role": "assistant", "content": "y"}]}, "x.jsonl:9")
+    refused, rendered = ForeignTemplate(BRACKETS, {}).render_each([system, conversation("Hi", "Yes")])
+    assert refused == "is refused by the base's chat template: Only user and assistant speak here"
+    assert rendered == ForeignTemplate(BRACKETS, {}).render([conversation("Hi", "Yes")])[0]
+    (rewritten,) = ForeignTemplate(FORGETS, {}).render_each([conversation("Hi", "Yes", "And?", "No")])
+    assert "differently once more messages follow" in str(rewritten)
