@@ -46,7 +46,7 @@ class Look:
     """The rows are read; then its state key, and the care of its rows, decide whether it is trained."""
 
     because: str
-    """A word for why: new, data, held, more_rows."""
+    """A word for why: new, data, unknown, held, more_rows, or a reason that left it open before its rows were read."""
     sentence: str
     """Why, for a person."""
     resweep: bool = False
@@ -58,7 +58,7 @@ class Train:
     """The rows are read and, unless they must be held, trained on: also if few are new, or the state key is the last one."""
 
     because: str
-    """A word for why: a reason that left it open, trained, base, recipe, gates, holdout, max_age, resweep."""
+    """A word for why: a reason that left its job open, trained, base, recipe, gates, holdout, max_age, resweep."""
     sentence: str
     """Why, for a person."""
     resweep: bool = False
@@ -81,7 +81,7 @@ def decide(
 
     Args:
         last: Its outcome of the last night that ended, None if there is none. Its `state_key` is that of its `data_digest`,
-            `recipe_digest`, `gates_digest`, `base_id` and holdout; one that it lacks counts as another than now.
+            `recipe_digest`, `gates_digest`, `base_id` and holdout; it has a `job_id` if a job was planned for it that night.
         signature: Of its files now; may be None for a pinned customer, whose files nobody needs to look at.
         now: Seconds since the epoch.
         base_id: Of the base that it would train on.
@@ -94,13 +94,17 @@ def decide(
         told = "it has no last night" if last is None else "it was pinned last night and is no more"
         return Look("new", f"Its rows are read: {told}.")
     resweep = is_resweep_due(customer, last)
-    if not last.is_settled:
+    if not last.is_settled and last.job_id is not None:
         return Train(last.reason or last.status, f"It is taken up again: last night {_open_reason(last)}.", resweep)
-    if signature is None or signature != last.signature:
+    if last.is_settled and (signature is None or signature != last.signature):
         return Look("data", f"Its rows are read: {_moved_files(last.signature, signature)}.", resweep)
+    if last.recipe_digest is None:
+        return Look("unknown", "Its rows are read: its last night ended before it was known what it would train on.", resweep)
     moved = _moved(customer, last, base_id, recipe_digest, gates_digest)
     if moved:
         return Train(moved[0], f"It is trained: its {' and '.join(moved)} changed since last time.", resweep)
+    if not last.is_settled:
+        return Look(last.reason, f"Its rows are read: last night {_open_reason(last)}, before they were.", resweep)
     return _decide_unmoved(customer, last, now, resweep)
 
 

@@ -96,10 +96,30 @@ def test_another_share_of_holdout_trains_again(customer: Customer) -> None:
 
 @pytest.mark.parametrize("reason", sorted(OPEN_REASONS))
 def test_what_was_left_open_is_taken_up_whether_files_moved_or_not(customer: Customer, reason: str) -> None:
-    found = decided(customer, last(status="skipped", reason=reason))
-    assert isinstance(found, Train)
+    planned = last(status="skipped", reason=reason, job_id=id_of_bytes(b"job"))
+    for signature in (FILES, Signature(())):
+        found = decided(customer, planned, signature)
+        assert isinstance(found, Train)
+        assert found.because == reason
+    assert isinstance(decided(customer, replace(planned, status="trained", reason="")), Train)
+
+
+@pytest.mark.parametrize("reason", sorted(OPEN_REASONS))
+def test_what_was_left_open_before_its_rows_were_read_is_read_but_not_trained_for_that_alone(
+    customer: Customer, reason: str
+) -> None:
+    unread = last(status="failed", reason=reason, signature=None)
+    found = decided(customer, unread)
+    assert isinstance(found, Look)
     assert found.because == reason
-    assert isinstance(decided(customer, last(status="trained")), Train)
+    assert isinstance(decided(customer, unread, recipe_digest=id_of_bytes(b"other")), Train)
+
+
+def test_a_night_that_ended_before_anything_was_known_is_begun_again(customer: Customer) -> None:
+    digests = dict.fromkeys(("state_key", "data_digest", "recipe_digest", "gates_digest", "base_id"))
+    found = decided(customer, last(status="failed", reason="bad_job", **digests))
+    assert isinstance(found, Look)
+    assert found.because == "unknown"
 
 
 def test_a_failure_is_not_repeated_until_something_changes_and_stays_told(customer: Customer) -> None:
@@ -159,7 +179,7 @@ def test_after_each_so_many_rejections_a_new_search_comes_once(customer: Custome
     moved = decided(stubborn, replace(thrice, signature=None))
     assert isinstance(moved, Look)
     assert moved.resweep
-    left_open = decided(stubborn, replace(thrice, status="skipped", reason="deadline"))
+    left_open = decided(stubborn, replace(thrice, status="skipped", reason="deadline", job_id=id_of_bytes(b"job")))
     assert isinstance(left_open, Train)
     assert left_open.resweep
     assert isinstance(decided(customer, thrice), Skip)
