@@ -138,7 +138,7 @@ class LimitsSpec(StrictModel):
     """How far a night may go."""
 
     max_promotions_share: Annotated[float, Field(gt=0.0, le=1.0)] | None = Field(
-        0.25, description="Share of the customers that may be promoted in one night; None: all."
+        0.25, description="Share of the champions that one night may replace; first champions do not count; None: all."
     )
     gpu_hours: Annotated[float, Field(gt=0)] | None = Field(None, description="Accelerator-hours of a night; None: no limit.")
     deadline: str | None = Field(
