@@ -17,6 +17,7 @@ log = logging.getLogger("lorafleet")
 
 for module in (
     "cli_making",
+    "cli_nightly",
     "cli_registry",
     "cli_serving",
     "cli_audit",

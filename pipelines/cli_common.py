@@ -35,7 +35,18 @@ data_app = typer.Typer(help="Look at what would be trained on.", no_args_is_help
 jobs_app = typer.Typer(help="Single trainings.", no_args_is_help=True)
 adapters_app = typer.Typer(help="Stored adapters.", no_args_is_help=True)
 base_app = typer.Typer(help="Base models, by content.", no_args_is_help=True)
-for name, group in (("sweep", sweep_app), ("data", data_app), ("jobs", jobs_app), ("adapters", adapters_app), ("base", base_app)):
+nightly_app = typer.Typer(help="Every customer's adapter up to date, night by night.", no_args_is_help=True)
+tenant_app = typer.Typer(help="What is kept of a customer.", no_args_is_help=True)
+GROUPS = {
+    "sweep": sweep_app,
+    "nightly": nightly_app,
+    "data": data_app,
+    "jobs": jobs_app,
+    "adapters": adapters_app,
+    "base": base_app,
+    "tenant": tenant_app,
+}
+for name, group in GROUPS.items():
     app.add_typer(group, name=name)
 
 SetOption = Annotated[list[str] | None, typer.Option("--set", help="Override a key of the file: --set training.max_steps=50.")]

@@ -239,11 +239,15 @@ class Gates:
 
 def load_gates(path: Path) -> Gates:
     """Read gates.yaml. Raises BadInput with one sentence that names the gate that is wrong."""
-    raw = read_yaml(path)
+    return parse_gates(read_yaml(path), str(path), path.parent)
+
+
+def parse_gates(raw: Any, source: str, folder: Path) -> Gates:
+    """Return the gates of plain data; mistakes name `source`, and relative paths start at `folder`. Raises BadInput."""
     if not isinstance(raw, list):
-        raise BadInput(f"{path} should be a list of gates, each '- {{kind: ...}}'; see 'lorafleet schema gates'.")
-    made = [_gate(entry, f"{path}: gate {number}") for number, entry in enumerate(raw, 1)]
-    return Gates(tuple(gate for gate, _ in made), tuple(written for _, written in made), path.parent)
+        raise BadInput(f"{source} should be a list of gates, each '- {{kind: ...}}'; see 'lorafleet schema gates'.")
+    made = [_gate(entry, f"{source}: gate {number}") for number, entry in enumerate(raw, 1)]
+    return Gates(tuple(gate for gate, _ in made), tuple(written for _, written in made), folder)
 
 
 def find_gates(named: Path | None, home: Path) -> Gates | None:

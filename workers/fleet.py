@@ -187,6 +187,16 @@ class HostFleet:
     def num_places(self) -> int:
         return self._num_hosts * self._slots
 
+    @property
+    def num_hosts(self) -> int:
+        """How many hosts are held, whether they train or wait."""
+        return self._num_hosts
+
+    @property
+    def launcher(self) -> Launcher:
+        """What launches the hosts; closed with the fleet."""
+        return self._launcher
+
     def submit(self, job: Job) -> None:
         self._enqueue(job)
         self._place()

@@ -194,6 +194,10 @@ def night_row(fleet_name: str, night_: str, tenant_: str, task: str) -> str:
     return f"{night(fleet_name, night_)}rows/{_name(tenant_)}.{_name(task)}.json"
 
 
+def forgotten_tenants() -> str:
+    return "forgotten/"
+
+
 def forgotten(tenant_: str) -> str:
     """The tombstone of a tenant whose objects were removed; it names nothing of what was there."""
     return f"forgotten/{_name(tenant_)}.json"

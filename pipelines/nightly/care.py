@@ -8,7 +8,7 @@ import contextlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from infra.errors import BadInput, ConditionFailed, ObjectNotFound, WorkFailed
@@ -31,7 +31,6 @@ RendererOf = Callable[[JobSpec, Sequence[str]], Renderer]
 NUM_SHOWN = 20
 """Bad rows that a page shows."""
 _MAX_LABELS = 100
-_BATCH_CHARACTERS = 2 << 20
 
 
 @dataclass(frozen=True)
@@ -141,6 +140,10 @@ class _Used:
     trouble: Reason | None
 
 
+_Left = tuple[list[Known], list[Known], list[Known], tuple[str, ...], int]
+"""The first fields of `_Used`."""
+
+
 @dataclass(frozen=True)
 class _Use:
     """Takes out the rows that the job's renderer refuses, and held-out rows whose label nobody could have learned."""
@@ -154,56 +157,50 @@ class _Use:
         notes: list[str] = []
         counts = (parted.num_duplicates, parted.num_overlap)
         try:
-            train, num_tokens = self._rendered(parted.train, self._labels(parted.train))
-            labels = self._labels(train)
-            validation, _ = self._rendered(self._labelled(parted.validation, labels, "validation", notes), labels)
-            holdout, _ = self._rendered(self._labelled(parted.holdout, labels, "holdout", notes), labels)
+            used = self._labelled(parted, notes) if self.job.task_type == "SEQ_CLS" else self._written(parted)
         except BadInput as error:  # of the base or the job, whatever the row
             trouble = Reason("not_rendered", printable(str(error)), "Correct the base or the job of this customer.")
             return _Used(parted.train, parted.validation, parted.holdout, (), 0, *counts, trouble), notes
-        return _Used(train, validation, holdout, labels, num_tokens, *counts, None), notes
+        return _Used(*used, *counts, None), notes
 
-    def _labels(self, rows: Sequence[Known]) -> tuple[str, ...]:
-        if self.job.task_type != "SEQ_CLS":
-            return ()
-        return tuple(sorted({str(one.row.body["label"]) for one in rows if "label" in one.row.body}))
+    def _written(self, parted: Parted) -> _Left:
+        # All at once: a template that does not end is given up once for a customer, not once for each use of its rows.
+        tokens = self._num_tokens([*parted.train, *parted.validation, *parted.holdout], ())
+        train = _among(parted.train, tokens)
+        num_tokens = sum(tokens[one] for one in train)
+        return train, _among(parted.validation, tokens), _among(parted.holdout, tokens), (), num_tokens
 
-    def _labelled(self, rows: list[Known], labels: tuple[str, ...], name: str, notes: list[str]) -> list[Known]:
-        if self.job.task_type != "SEQ_CLS":
-            return rows
-        left = [one for one in rows if one.row.body.get("label") in labels]
-        if len(left) < len(rows):
-            notes.append(f"{len(rows) - len(left)} {name} rows bear labels that no training row has; they are left out.")
-        return left
+    def _labelled(self, parted: Parted, notes: list[str]) -> _Left:
+        tokens = self._num_tokens(parted.train, _labels(parted.train))
+        train = _among(parted.train, tokens)
+        labels = _labels(train)
+        validation, holdout = (
+            [one for one in rows if one.row.body.get("label") in labels] for rows in (parted.validation, parted.holdout)
+        )
+        if num_left_out := len(parted.validation) + len(parted.holdout) - len(validation) - len(holdout):
+            notes.append(f"{num_left_out} held-out rows bear labels that no training row has; they are left out.")
+        others = self._num_tokens([*validation, *holdout], labels)
+        return train, _among(validation, others), _among(holdout, others), labels, sum(tokens.values())
 
-    def _rendered(self, rows: list[Known], labels: tuple[str, ...]) -> tuple[list[Known], int]:
+    def _num_tokens(self, rows: list[Known], labels: tuple[str, ...]) -> dict[Known, int]:
+        """Return the tokens of each row that can be rendered, and put the others aside."""
         if self.renderer_of is None or not rows or (self.job.task_type == "SEQ_CLS" and not labels):
-            return rows, 0
-        renderer = self.renderer_of(self.job, labels)
-        good: list[Known] = []
-        num_tokens = 0
-        for batch in _batches(rows):
-            for one, example in zip(batch, renderer.render_each(_rows(batch)), strict=True):
-                if isinstance(example, str):
-                    self.quarantine.add(one.row.where, example)
-                else:
-                    good.append(one)
-                    num_tokens += len(example.input_ids)
-        return good, num_tokens
+            return dict.fromkeys(rows, 0)
+        tokens: dict[Known, int] = {}
+        for one, example in zip(rows, self.renderer_of(self.job, labels).render_each(_rows(rows)), strict=True):
+            if isinstance(example, str):
+                self.quarantine.add(one.row.where, example)
+            else:
+                tokens[one] = len(example.input_ids)
+        return tokens
 
 
-def _batches(rows: list[Known]) -> Iterator[list[Known]]:
-    """Cut rows into pieces of bounded text, so that the tokens of all of them are never held at once."""
-    batch: list[Known] = []
-    room = _BATCH_CHARACTERS
-    for one in rows:
-        batch.append(one)
-        room -= length_of(one.row)
-        if room <= 0:
-            yield batch
-            batch, room = [], _BATCH_CHARACTERS
-    if batch:
-        yield batch
+def _among(rows: list[Known], tokens: Mapping[Known, int]) -> list[Known]:
+    return [one for one in rows if one in tokens]
+
+
+def _labels(rows: Sequence[Known]) -> tuple[str, ...]:
+    return tuple(sorted({str(one.row.body["label"]) for one in rows if "label" in one.row.body}))
 
 
 def _past(last: records.Row | None, load_last_rows: Callable[[], list[Row]], notes: list[str]) -> list[Known] | None:

@@ -21,9 +21,9 @@ ENOUGH_CHARACTERS = 32
 _VALIDATION_RULE = "validation/1"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Known:
-    """A row with its two names."""
+    """A row with its two names; as a key, itself and no other."""
 
     row: Row
     digest: bytes

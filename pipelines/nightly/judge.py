@@ -27,6 +27,8 @@ from workers.scoring_task import Score, Scored, ScoringTask, Setting, ShareRows,
 log = logging.getLogger(__name__)
 NUM_READERS = 8
 """Customers that are looked up at the same time."""
+MAX_AHEAD = 128
+"""Customers whose adapters and rows are in memory at the same time; others wait as names."""
 MAX_LOSSES_IN_A_ROW = 4
 """Scorers that may be lost without an answer in between before everything that waits is given up."""
 POLL_SECONDS = 0.05
@@ -133,6 +135,7 @@ class Judge:
         self._task = ScoringTask(workspace.services, "cuda" if resources.num_gpus else "cpu", max_tokens)
         self._findings = Findings()
         self._readers = ThreadPoolExecutor(NUM_READERS, "judge")
+        self._submitted: deque[_Hearing] = deque()
         self._preparing: dict[Future[_Hearing], _Hearing] = {}
         self._queue: deque[_Sent] = deque()
         self._sent: dict[int, _Sent] = {}
@@ -146,19 +149,25 @@ class Judge:
     @property
     def num_open(self) -> int:
         """Customers that were submitted and are not in any result yet."""
+        return len(self._submitted) + self._num_ahead
+
+    @property
+    def _num_ahead(self) -> int:
+        """Customers whose adapters and rows are in memory."""
         waiting = {id(one.hearing) for one in (*self._queue, *self._sent.values())}
         return len(self._preparing) + len(waiting | {id(one) for one in self._told})
 
     def submit(self, challenger: AdapterRef, task: str, champion: Entry | None, gates: Gates) -> None:
         """Have a challenger measured beside the champion (the journal's head, None before the first) and the plain base."""
         jury = Jury(self._workspace, gates, findings=self._findings)
-        hearing = _Hearing(Case(jury, challenger, task, champion))
-        self._preparing[self._readers.submit(_prepared, hearing)] = hearing
+        self._submitted.append(_Hearing(Case(jury, challenger, task, champion)))
+        self._look_up()
 
     def results(self, timeout_seconds: float) -> list[Judged]:
         """Return customers that are measured, or wait for the first; an empty list after the time-out, or if none is open."""
         deadline = time.monotonic() + timeout_seconds
         while True:
+            self._look_up()
             self._take_prepared()
             self._send()
             self._receive(0.0)
@@ -180,6 +189,11 @@ class Judge:
             self._receive(min(left, POLL_SECONDS))
         elif self._preparing:
             wait(self._preparing, left, FIRST_COMPLETED)
+
+    def _look_up(self) -> None:
+        for _ in range(min(len(self._submitted), MAX_AHEAD - self._num_ahead)):
+            hearing = self._submitted.popleft()
+            self._preparing[self._readers.submit(_prepared, hearing)] = hearing
 
     def _take_prepared(self) -> None:
         for future in [one for one in self._preparing if one.done()]:

@@ -142,6 +142,10 @@ class FleetLedger:
         key = layout.night_file(self.fleet, night, "report.json")
         return decode_record(self.store.get(key)[0], REPORT_FORMAT, key)
 
+    def page(self, night: str) -> bytes:
+        """Return the page of a finished night. Raises ObjectNotFound."""
+        return self.store.get(layout.night_file(self.fleet, night, "page.html"))[0]
+
     def memory(self) -> tuple[dict[Key, Row], list[NightSummary]]:
         """Return each customer's last row before now, and the trend: what a new night starts from."""
         finished = [night for night in self.nights() if self.is_finished(night)]
