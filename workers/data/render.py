@@ -34,6 +34,7 @@ from workers.data.template import ChatTemplate, DefaultTemplate, ForeignTemplate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+_ROWS_AT_A_TIME = 32
 _SAMPLE = Row({"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes"}]}, "a sample row")
 
 
@@ -113,22 +114,21 @@ class Renderer:
             case _:
                 return self._plain_examples(rows, [[]] * len(rows), self._tokenise([row.body["text"] for row in rows]))
 
-    def render_each(self, rows: Sequence[Row]) -> list[Example | str]:
-        """Render rows of one kind, in order; in place of one that cannot be trained on stands what is wrong with it.
+    def render_each(self, rows: Sequence[Row]) -> Iterator[Example | str]:
+        """Yield rows of one kind rendered, in order; in place of one that cannot be trained on comes what is wrong with it.
 
-        That is the end of a sentence that begins with the row's place. Raises BadInput only for what is wrong with all of
-        them: such a job cannot be trained on this kind, or the chat template is none.
+        That is the end of a sentence that begins with the row's place. Tokens of few rows are held at a time. Raises BadInput
+        only for what is wrong with all of them: such a job cannot be trained on this kind, or the chat template is none.
         """
         if self.labels:
             refuse_unlabelled(rows)
-            return [self._classified_or_problem(row) for row in rows]
+            yield from map(self._classified_or_problem, rows)
+            return
         refuse_untrainable(rows)
-        if rows[0].kind != "messages":
-            return [self._with_target(example) for example in self.render_unchecked(rows)]
-        rendered = self._template.render_each(rows)
-        good = [(row, text) for row, text in zip(rows, rendered, strict=True) if isinstance(text, Rendered)]
-        examples = iter(self._conversation_examples([row for row, _ in good], [text for _, text in good]))
-        return [text if isinstance(text, str) else self._with_target(next(examples)) for text in rendered]
+        texts = self._template.render_each(rows) if rows[0].kind == "messages" else []
+        for start in range(0, len(rows), _ROWS_AT_A_TIME):
+            some = slice(start, start + _ROWS_AT_A_TIME)
+            yield from self._conversations_or_problems(rows[some], texts[some]) if texts else self._plain_or_problems(rows[some])
 
     def for_job(self, max_length: int, labels: Sequence[str] = ()) -> Renderer:
         """Return a renderer that differs in these only: it shares the tokenizer, and the template's child process."""
@@ -284,6 +284,14 @@ class Renderer:
             return self._classified_examples([row])[0]
         except BadInput as error:
             return str(error).removeprefix(row.where).strip().removesuffix(".")
+
+    def _plain_or_problems(self, rows: Sequence[Row]) -> Iterator[Example | str]:
+        return map(self._with_target, self.render_unchecked(rows))
+
+    def _conversations_or_problems(self, rows: Sequence[Row], texts: Sequence[Rendered | str]) -> Iterator[Example | str]:
+        good = [(row, text) for row, text in zip(rows, texts, strict=True) if isinstance(text, Rendered)]
+        examples = iter(self._conversation_examples([row for row, _ in good], [text for _, text in good]))
+        return (text if isinstance(text, str) else self._with_target(next(examples)) for text in texts)
 
     def _with_target(self, example: Example) -> Example | str:
         if example.num_supervised:

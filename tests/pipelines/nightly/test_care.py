@@ -357,7 +357,7 @@ def test_held_out_rows_with_a_label_nobody_learns_are_left_out(desk: Desk) -> No
     cared = desk.care(task_type="SEQ_CLS")
     assert cared.labels == ("ham", "spam")
     assert [row.body["label"] for row in cared.holdout if row.body["label"] == "eggs"] == []
-    assert "1 holdout rows bear labels that no training row has" in cared.care.notes[0]
+    assert "1 held-out rows bear labels that no training row has" in cared.care.notes[0]
 
 
 def test_rows_of_another_kind_than_the_job_trains_on_hold_the_customer(desk: Desk) -> None:
@@ -382,13 +382,10 @@ def test_a_row_whose_answer_is_cut_away_is_put_aside(desk: Desk, talk: Renderer)
 def test_a_row_on_which_the_template_does_not_end_costs_itself_alone(desk: Desk, talk: Renderer) -> None:
     renderer = Renderer(talk.tokenizer, 96, template=BOMB_TEMPLATE)
     renderer._made_template.append(ForeignTemplate(BOMB_TEMPLATE, {}, TemplateLimits(cpu_seconds=0.5)))
-    bombs = [chat(f"{number} {BOMB}", "Boom.") for number in range(3)]
-    desk.write([*chats(range(30)), bombs[0], *chats(range(30, 60))])
+    desk.write([*chats(range(30)), chat(f"Now {BOMB}", "Boom."), *chats(range(30, 60))])
     cared = desk.care(lambda job, labels: renderer)
     assert (cared.hold, cared.care.num_read) == (None, 60)
     assert "did not end within" in cared.quarantine[0][1]
-    desk.write(bombs + chats(range(60)))
-    assert desk.care(lambda job, labels: renderer).care.num_quarantined >= 3
     desk.write(chats(range(60)))
     assert desk.care(lambda job, labels: renderer).care.num_read == 60
 

@@ -215,7 +215,7 @@ KINDS: dict[str, list[dict[str, Any]]] = {
 def test_row_by_row_the_same_is_rendered_and_what_is_wrong_stands_in_its_place(talk: PreTrainedTokenizerBase, kind: str) -> None:
     rows = [Row(body, f"x:{number}") for number, body in enumerate(KINDS[kind])]
     renderer = Renderer(talk, 24)
-    assert renderer.render_each(rows) == renderer.render_all(rows)
+    assert list(renderer.render_each(rows)) == renderer.render_all(rows)
     if kind != "text":
         key = next(iter(KINDS[kind][0]))
         long = KINDS[kind][0] | (
@@ -223,14 +223,14 @@ def test_row_by_row_the_same_is_rendered_and_what_is_wrong_stands_in_its_place(t
             if key == "prompt"
             else {"messages": [{"role": "user", "content": "so " * 50}, rows[0].body["messages"][1]]}
         )
-        found = renderer.render_each([rows[0], Row(long, "x:9"), rows[1]])
+        found = list(renderer.render_each([rows[0], Row(long, "x:9"), rows[1]]))
         assert [found[0], found[2]] == renderer.render_all(rows[:2])
         assert str(found[1]).startswith("has no supervised token within max_length 24")
 
 
 def test_row_by_row_labels_that_are_not_learned_are_named(talk: PreTrainedTokenizerBase) -> None:
     rows = [Row({"text": "Hi", "label": label}, f"x:{label}") for label in ("a", "b", "c")]
-    found = Renderer(talk, 24, labels=("a", "b")).render_each(rows)
+    found = list(Renderer(talk, 24, labels=("a", "b")).render_each(rows))
     assert found[:2] == Renderer(talk, 24, labels=("a", "b")).render_all(rows[:2])
     assert str(found[2]).startswith("has the label 'c', which is none of the 2 labels")
 

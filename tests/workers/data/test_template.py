@@ -168,11 +168,11 @@ def test_row_by_row_the_row_is_known_on_which_the_template_does_not_end() -> Non
     template = ForeignTemplate(ENDLESS, {}, TemplateLimits(cpu_seconds=0.5, memory_bytes=256 << 20))
     good = [conversation("Hi", str(number)) for number in range(3)]
     expected = template.render(good)
-    each = template.render_each([good[0], good[1], conversation("bomb", "Yes"), good[2]])
+    bomb = conversation("bomb", "Yes")
+    each = template.render_each([good[0], good[1], bomb, good[2], bomb, good[0]])
     assert [each[0], each[1], each[3]] == expected
     assert each[2] == "is refused by the base's chat template: it did not end within 1 s of CPU time and 256 MiB of memory"
-    with pytest.raises(BadInput, match="did not end within"):
-        template.render([good[0], conversation("bomb", "Yes")])
+    assert each[5] == "is refused by the base's chat template: it did not end on earlier rows, so this one was not tried"
     assert template.render(good) == expected
 
 
