@@ -6,9 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from infra.errors import BadInput, ObjectNotFound, WorkFailed
+from infra.errors import BadInput, WorkFailed
 from infra.storage import Storage
-from pipelines.evidence import read
+from pipelines.evidence import audits_of
 from pipelines.journal import candidates, history, models
 from pipelines.references import aliases_in, find_reference, parse_model
 from pipelines.workspace import Workspace
@@ -141,20 +141,7 @@ def show_adapter(workspace: Workspace, reference: str) -> dict[str, Any]:
     manifest = read_manifest(store, ref)
     evidence = [info.key for info in store.list(layout.evidence_of(ref.tenant, ref.adapter_id))]
     described = _described(store, ref, manifest, _models(store, ref.tenant))
-    return {**manifest, **described, "evidence": evidence, "audits": _audits(store, evidence)}
-
-
-def _audits(store: Storage, keys: Iterable[str]) -> list[str]:
-    """Return the sentences of the audits among evidence; what is damaged is `adapters verify`'s subject."""
-    found = []
-    for key in keys:
-        try:
-            body = read(store, key)
-        except (BadInput, WorkFailed, ObjectNotFound):
-            continue
-        if body.get("kind") == "audit":
-            found.append(str(body["sentence"]))
-    return found
+    return {**manifest, **described, "evidence": evidence, "audits": audits_of(store, ref.tenant, ref.adapter_id)}
 
 
 def _origin(shown: Mapping[str, Any]) -> str:

@@ -10,9 +10,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from infra.errors import ServiceUnavailable, WorkFailed
 from infra.fingerprint import id_of_json
 from infra.strict import parse
+from pipelines.audited import show_audit
 from pipelines.evaluate import Subject
 from pipelines.evidence import Binding, keep
 from pipelines.workspace import Workspace
@@ -30,7 +30,6 @@ from workers.scores import RowScores
 from workers.spec import DataSpec, EvaluationSpec
 
 KIND = "audit"
-TAG = "lorafleet.audit"
 EXPOSED_BITS = 3.0
 """More than a canary's base rank by this much counts as exposed: eight times as likely as by chance."""
 SUSPICIOUS_ERRORS = 4.0
@@ -81,18 +80,10 @@ def _kept(subject: Subject, found: dict[str, Any]) -> dict[str, Any]:
 
 
 def _tell(subject: Subject, found: Mapping[str, Any]) -> str | None:
-    """Write the sentence on the run of the job in MLflow; return why it is not there, None if it is."""
+    """Show the sentence where the adapter's job is shown; return why it is not in MLflow, None if it is."""
     if subject.job is None:
         return "the adapter comes from no job of this store"
-    try:
-        tracker = subject.workspace.services.tracker()
-        tracker.check()
-        tracker.set_tags(f"{subject.tenant}/jobs/{subject.job.job_id}", {TAG: found["sentence"]})
-    except ServiceUnavailable as error:
-        return str(error)
-    except WorkFailed:
-        return "the job has no run of its own in MLflow, as those of sweeps"
-    return None
+    return show_audit(subject.workspace, subject.tenant, subject.job.job_id, found["sentence"])
 
 
 def _rows_of(subject: Subject) -> dict[str, list[Row]]:

@@ -123,6 +123,19 @@ def read(store: Storage, key: str) -> dict[str, Any]:
     return body
 
 
+def audits_of(store: Storage, tenant: str, adapter_id: str) -> list[str]:
+    """Return the sentences of an adapter's audits, the newest last; what is damaged is `adapters verify`'s subject."""
+    found = []
+    for info in sorted(store.list(layout.evidence_of(tenant, adapter_id)), key=lambda info: (info.modified, info.key)):
+        try:
+            body = read(store, info.key)
+        except (BadInput, WorkFailed, ObjectNotFound):
+            continue
+        if body.get("kind") == "audit":
+            found.append(str(body["sentence"]))
+    return found
+
+
 def is_fresh(body: Mapping[str, Any], binding: Binding) -> bool:
     """Tell whether an evidence object is about this question: the same adapter, task, champion, generation and gates."""
     return {name: body.get(name) for name in binding.body} == binding.body

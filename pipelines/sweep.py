@@ -10,10 +10,10 @@ from infra.storage import Storage
 from pipelines.files import load_sweep
 from pipelines.promote import register_best
 from pipelines.references import find_reference
+from pipelines.sweep_reports import report_of
 from pipelines.workspace import Tracking, Workspace
 from sweeps.ledger import read_spec
 from sweeps.projection import sweep_key, trial_key
-from sweeps.report import write_report
 from sweeps.run import Surroundings, SweepResult, run_sweep
 from sweeps.spec import SweepSpec
 from sweeps.study import StudyMirror, no_mirror
@@ -128,13 +128,6 @@ def list_sweeps(workspace: Workspace) -> list[tuple[str, str]]:
         if len(parts) == 5 and parts[2] == "sweeps" and parts[4] == "sweep.json":
             found.append((parts[1], parts[3]))
     return found
-
-
-def report_of(workspace: Workspace, tenant: str, name: str) -> Path:
-    """Write the report of a sweep, however far it is, and return its path."""
-    folder = workspace.settings.home / "reports"
-    folder.mkdir(parents=True, exist_ok=True)
-    return write_report(workspace.store, tenant, name, folder / f"{tenant}-{name}.html")
 
 
 def _surroundings(

@@ -8,7 +8,8 @@ from rich.console import Group
 from rich.table import Table
 
 from pipelines.live import counts_text, draw, duration
-from pipelines.sweep import SweepOutcome, find_sweep, list_sweeps, report_of
+from pipelines.sweep import SweepOutcome, find_sweep, list_sweeps
+from pipelines.sweep_reports import report_of
 from pipelines.workspace import Workspace
 from sweeps import control
 from sweeps.trial import Trial

@@ -1,8 +1,9 @@
 """The page that says what a sweep found: one HTML file that needs no network."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 
 import yaml
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -14,6 +15,10 @@ from sweeps.plots import Plot, plots_of
 from sweeps.space import apply, space_digest
 from sweeps.spec import SweepSpec
 from sweeps.trial import Trial, best_of, count_by_status, pareto_front
+
+Audits = Mapping[str, str]
+"""What the last audit of an adapter found, by adapter_id."""
+NO_AUDITS: Audits = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -47,26 +52,28 @@ class Page:
     plots: list[Plot]
     reproduce: str
     best_adapter: str
+    audits: list[tuple[str, str, str]]
+    """(trial, adapter, what its audit found)."""
     asked: str
     plotly_js: str = field(repr=False)
 
 
-def write_report(store: Storage, tenant: str, name: str, path: Path) -> Path:
+def write_report(store: Storage, tenant: str, name: str, path: Path, audits: Audits = NO_AUDITS) -> Path:
     """Write the page of a sweep as its ledger stands, and return `path`. Raises BadInput if there is no such sweep."""
     header, spec = read_header(store, tenant, name), read_spec(store, tenant, name)
-    html = render(header, spec, read_trials(store, tenant, name))
+    html = render(header, spec, read_trials(store, tenant, name), audits)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(html, encoding="utf-8")
     return path
 
 
-def render(header: Header, spec: SweepSpec, trials: Sequence[Trial]) -> str:
+def render(header: Header, spec: SweepSpec, trials: Sequence[Trial], audits: Audits = NO_AUDITS) -> str:
     """Return the page for these trials; `spec` bears the settings in force."""
     environment = Environment(loader=PackageLoader("sweeps"), autoescape=True, undefined=StrictUndefined)
-    return environment.get_template("report.html").render(page=page_of(header, spec, trials))
+    return environment.get_template("report.html").render(page=page_of(header, spec, trials, audits))
 
 
-def page_of(header: Header, spec: SweepSpec, trials: Sequence[Trial]) -> Page:
+def page_of(header: Header, spec: SweepSpec, trials: Sequence[Trial], audits: Audits = NO_AUDITS) -> Page:
     """Return what the page says about these trials."""
     best = best_of(trials, spec.objectives)
     front = pareto_front(trials, spec.objectives)
@@ -82,9 +89,15 @@ def page_of(header: Header, spec: SweepSpec, trials: Sequence[Trial]) -> Page:
         plots=plots_of(spec, trials),
         reproduce=_yaml(apply(spec.base_job, best.params).model_dump(mode="json")) if best else "",
         best_adapter=(best.adapter_id or "") if best else "",
+        audits=_audited(_ranked(spec, trials), audits),
         asked=_yaml(spec.model_dump(mode="json", by_alias=True)),
         plotly_js=get_plotlyjs(),
     )
+
+
+def _audited(trials: Sequence[Trial], audits: Audits) -> list[tuple[str, str, str]]:
+    made = [(trial.number, trial.adapter_id) for trial in trials if trial.adapter_id is not None]
+    return [(str(number), adapter_id, audits[adapter_id]) for number, adapter_id in made if adapter_id in audits]
 
 
 def what_the_search_bought(spec: SweepSpec, trials: Sequence[Trial]) -> list[str]:

@@ -97,6 +97,11 @@ def test_best_is_registered_promoted_rolled_back_and_evaluated_on_its_own_base_o
     plain, champion = measured["measured"]
     assert champion["adapter_id"] == best
     assert champion["metrics"]["eval/loss"] < plain["metrics"]["eval/loss"] - 1.0
+    audit = swept.json("adapters", "audit", best, "--rows", "0")
+    assert audit["not_in_mlflow"] is None
+    tagged = [run.tags["lorafleet.adapter_id"] for run in runs_of(swept) if run.tags.get("lorafleet.audit") == audit["sentence"]]
+    assert best in tagged
+    assert audit["sentence"] in (swept.home / "reports" / f"{TENANT}-{SWEEP}.html").read_text()
     foreign = str(test_data / "bases" / "talk-5m")
     refused = swept.run("evaluate", f"{model}@champion", "--base", foreign, "--data", "valid.jsonl")
     assert refused.code == 2
