@@ -3,8 +3,8 @@
     python benchmarks/three_nights.py [--folder DIR] [--max-steps 60] [--rows 300] [--json]
 
 Four customers of SNIPS and twenty services of SGD share one small base (stories260k). Each night is `lorafleet nightly run`, as
-cron would start it. Between the nights rows are added for everybody but three. For the second night one customer, who has test rows of
-its own, sends answers that belong to other questions, which the gates should notice; afterwards one customer is rolled back by
+cron would start it. Between the nights rows are added for everybody but three. For the second night one customer, who has test
+rows of its own, sends answers that belong to other questions, which the gates should notice; afterwards one is rolled back by
 hand. For the third night one customer takes rows back, and one loses nearly all of them by mistake.
 """
 
