@@ -24,7 +24,7 @@ from infra.errors import BadInput, ConditionFailed, ObjectNotFound, WorkFailed
 from infra.records import decode_record, encode_record
 from infra.storage import ObjectInfo, Storage
 from pipelines.reachable import SILENT_SECONDS, JobKey, Reach, Survey, local_time, reach_of, store_time, take_survey
-from sweeps.run import CLAIM_FORMAT
+from sweeps.ledger import CLAIM_FORMAT
 from sweeps.spec import parse_duration
 from workers import layout
 from workers.bases import read_listing

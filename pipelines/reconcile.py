@@ -22,9 +22,8 @@ from pipelines.journal import Entry, history, models, read_hint, write_hint
 from pipelines.leftovers import Finding, check_job_runs, check_jobs, check_leftovers, let_go
 from pipelines.projection import differences, project
 from pipelines.reachable import local_time, store_time, take_survey
-from sweeps.ledger import Header, read_header, read_trials
+from sweeps.ledger import CLAIM_FORMAT, Header, read_header, read_trials
 from sweeps.projection import Projection, sweep_key, trial_key
-from sweeps.run import CLAIM_FORMAT
 from sweeps.trial import Trial
 from workers import layout
 from workers.job import BaseRef, DataRef, Job, pin

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from infra.crashpoints import crashpoint
 from infra.errors import BadInput, ClaimHeld, ServiceUnavailable
@@ -10,6 +11,7 @@ from infra.storage import Storage
 from pipelines.files import load_sweep
 from pipelines.promote import register_best
 from pipelines.references import find_reference
+from pipelines.sweep_names import find_sweep
 from pipelines.sweep_reports import report_of
 from pipelines.workspace import Tracking, Workspace
 from sweeps.ledger import read_spec
@@ -21,8 +23,10 @@ from sweeps.view import SweepView
 from workers import layout
 from workers.fleet import HostFleet
 from workers.job import Job
-from workers.resolve import Resolver
 from workers.spec import metrics_of
+
+if TYPE_CHECKING:
+    from workers.resolve import Resolver
 
 
 @dataclass(frozen=True)
@@ -101,40 +105,11 @@ def resume(workspace: Workspace, reference: str, on_change: Callable[[SweepView]
     return run_spec(workspace, read_spec(workspace.store, tenant, name), on_change)
 
 
-def find_sweep(workspace: Workspace, reference: str) -> tuple[str, str]:
-    """Return (tenant, name) of a sweep written as its file, "tenant/name", or a name that one tenant alone has."""
-    if reference.endswith((".yaml", ".yml")):
-        spec, job, _ = load_sweep(Path(reference))
-        return job.tenant, spec.name
-    tenant, _, name = reference.partition("/")
-    if name and workspace.store.head(layout.sweep_spec(tenant, name)) is not None:
-        return tenant, name
-    known = list_sweeps(workspace)
-    matches = [pair for pair in known if reference in (pair[1], "/".join(pair))]
-    if len(matches) == 1:
-        return matches[0]
-    if matches:
-        choices = ", ".join("/".join(pair) for pair in matches)
-        raise BadInput(f"'{reference[:80]}' names several sweeps; write one of: {choices}.")
-    there = ", ".join("/".join(pair) for pair in known[:10]) or "none yet"
-    raise BadInput(f"there is no sweep '{reference[:80]}' in the store {workspace.store.uri}; there is: {there}.")
-
-
-def list_sweeps(workspace: Workspace) -> list[tuple[str, str]]:
-    """Return (tenant, name) of every sweep in the store."""
-    found = []
-    for info in workspace.store.list("tenants/"):
-        parts = info.key.split("/")
-        if len(parts) == 5 and parts[2] == "sweeps" and parts[4] == "sweep.json":
-            found.append((parts[1], parts[3]))
-    return found
-
-
 def _surroundings(
     workspace: Workspace,
     spec: SweepSpec,
     fleet: HostFleet,
-    resolver: Resolver,
+    resolver: "Resolver",
     tracking: Tracking,
     on_change: Callable[[SweepView], None],
 ) -> Surroundings:

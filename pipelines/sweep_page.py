@@ -2,21 +2,23 @@
 
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Group
 from rich.table import Table
 
 from pipelines.live import counts_text, draw, duration
-from pipelines.sweep import SweepOutcome, find_sweep, list_sweeps
-from pipelines.sweep_reports import report_of
+from pipelines.sweep_names import find_sweep, list_sweeps
 from pipelines.workspace import Workspace
 from sweeps import control
 from sweeps.trial import Trial
 from sweeps.view import SweepView
 
+if TYPE_CHECKING:
+    from pipelines.sweep import SweepOutcome
 
-def summary(outcome: SweepOutcome) -> dict[str, Any]:
+
+def summary(outcome: "SweepOutcome") -> dict[str, Any]:
     """Return the end of a run as JSON data."""
     result = outcome.result
     return {
@@ -35,7 +37,7 @@ def summary(outcome: SweepOutcome) -> dict[str, Any]:
     }
 
 
-def text(outcome: SweepOutcome) -> str:
+def text(outcome: "SweepOutcome") -> str:
     """Return the end of a run as lines: totals, best and default, where things lie, what to do next."""
     result = outcome.result
     counts = ", ".join(f"{count} {status}" for status, count in result.counts.items() if count)
@@ -104,6 +106,8 @@ def status_view(views: list[SweepView]) -> Group | Table | str:
 
 def best(workspace: Workspace, reference: str) -> dict[str, Any]:
     """Return the best trial as JSON data, and where the report was written."""
+    from pipelines.sweep_reports import report_of  # here, since plots load Optuna and plotly
+
     tenant, name = find_sweep(workspace, reference)
     trial = control.best(workspace.store, tenant, name)
     return {"tenant": tenant, "sweep": name, **trial_json(trial), "report": str(report_of(workspace, tenant, name))}

@@ -10,9 +10,8 @@ from typing import Any
 from infra.claims import read_document
 from infra.errors import BadInput
 from infra.storage import Storage
-from sweeps.ledger import Settings, adjust, put_stop, read_header, read_spec, read_trials
+from sweeps.ledger import CLAIM_FORMAT, Settings, adjust, put_stop, read_header, read_spec, read_trials
 from sweeps.packs import read_packs
-from sweeps.run import CLAIM_FORMAT
 from sweeps.trial import Trial, best_of
 from sweeps.view import SweepView, view_of
 from workers import layout

@@ -31,6 +31,7 @@ from sweeps.trial import TRIAL_FORMAT, Event, Outcome, Trial, ended_as, outcome_
 from workers import layout
 from workers.job import NUMERICS_VERSION, Job
 
+CLAIM_FORMAT = "sweep-claim/1"
 SWEEP_FORMAT = "sweep/1"
 SETTINGS_FORMAT = "settings/1"
 STOP_FORMAT = "stop/1"

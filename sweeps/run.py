@@ -16,7 +16,7 @@ from infra.errors import BadInput, ClaimHeld, ClaimLost, LorafleetError
 from infra.storage import Storage
 from infra.tracking import Tracker
 from infra.tracking_log import TrackingLog
-from sweeps.ledger import Header, Ledger, Settings, pin_sweep
+from sweeps.ledger import CLAIM_FORMAT, Header, Ledger, Settings, pin_sweep
 from sweeps.outcome import outcome_of_job
 from sweeps.packs import PackView, forget_packs, packs_of, write_packs
 from sweeps.projection import Projection
@@ -31,8 +31,6 @@ from workers.job import Job
 from workers.metrics_log import decode_points
 from workers.report import Checkpointed, Evaluated, Finished, HostEvent, PackState, Progress
 from workers.spec import JobSpec
-
-CLAIM_FORMAT = "sweep-claim/1"
 
 
 @dataclass(frozen=True)
