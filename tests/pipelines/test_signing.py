@@ -207,3 +207,16 @@ def test_keys_that_cannot_be_used_are_one_sentence(cli: CommandLine, ref: Adapte
     assert "cannot be read" in cli("adapters", "sign", ref.adapter_id, "--key", "none.pem").sentence
     assert "holds no public key" in cli("adapters", "verify-signature", ref.adapter_id, "--public-key", tmp_path / "rsa").sentence
     assert list(cli.store.list(layout.evidence_of(ref.tenant, ref.adapter_id))) == []
+
+
+def test_gate_lets_none_but_signed_adapters_become_champion(cli: CommandLine, ref: AdapterRef, tmp_path: Path) -> None:
+    private, public = write_keys(tmp_path)
+    gates = tmp_path / "gates.yaml"
+    gates.write_text(f"- {{kind: signed_by, public_key: {public.name}}}\n")
+    refused = cli("promote", ref.adapter_id, "--gates", gates)
+    assert refused.code == 3
+    assert f"is not signed with the key of {public.name}" in refused.sentence
+    assert cli("history", "acme.support").code == 2
+    cli("adapters", "sign", ref.adapter_id, "--key", private)
+    assert cli("promote", ref.adapter_id, "--gates", gates).code == 0
+    assert [entry["adapter_id"] for entry in cli("history", "acme.support", "--json").json] == [ref.adapter_id]
