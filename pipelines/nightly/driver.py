@@ -7,13 +7,12 @@ customers. Whatever goes wrong with a customer ends its own row and nothing else
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
 from infra.claims import Lease
 from infra.errors import ClaimLost
-from pipelines.journal import read_head
 from pipelines.nightly.forecast import Planned
 from pipelines.nightly.judge import Judge, Judged
 from pipelines.nightly.ledger import FleetLedger, Key
@@ -62,6 +61,8 @@ class Driver:
     hours: Hours
     deadline: float | None
     on_progress: Callable[[Progress], None] = lambda progress: None
+    now: Callable[[], float] = time.time
+    """Seconds since the epoch: what the deadline is compared with."""
     resweeps: list[tuple[Ready, Row]] = field(default_factory=list)
     """Customers for whom a search is due: run when the others are done."""
     remarks: list[str] = field(default_factory=list)
@@ -76,21 +77,30 @@ class Driver:
     _started: float = field(default_factory=time.monotonic)
 
     def run(self, planned: Sequence[Planned]) -> list[Row]:
-        """Take all customers to their rows and return these."""
+        """Take all customers to their rows and return these. Interrupted, it leaves the rest to whoever goes on."""
         self._todo, self._num_planned = deque(planned), len(planned)
-        with ThreadPoolExecutor(1, "prepare") as pool:
-            while self._todo or self._preparing or self._training or self._judging:
-                self._check_claim()
-                if self._must_stop():
-                    self._stop()
-                    break
-                self._feed(pool)
-                self._take_prepared()
-                for event in self.fleet.events(WAIT_SECONDS):
-                    self._take(event)
-                self._settle(0.0)
-                self._tell()
+        try:
+            with ThreadPoolExecutor(1, "prepare") as pool:
+                while self._todo or self._preparing or self._training or self._judging:
+                    self._check_claim()
+                    if self._must_stop():
+                        self._stop()
+                        break
+                    self._turn(pool)
+        except BaseException:
+            if not self.lease.is_lost:  # whoever took over shows them
+                under_way = [ready for some in self._training.values() for ready in some]
+                self.shown.left_open([*under_way, *(ready for ready, _ in self._judging.values())])
+            raise
         return self.rows
+
+    def _turn(self, pool: ThreadPoolExecutor) -> None:
+        self._feed(pool)
+        self._take_prepared()
+        for event in self.fleet.events(WAIT_SECONDS):
+            self._take(event)
+        self._settle(0.0)
+        self._tell()
 
     # Feeding the hosts.
 
@@ -111,7 +121,7 @@ class Driver:
             del self._preparing[future]
             found = future.result()
             if isinstance(found, Row):
-                self._end(found, was_trained=False)
+                self._end(found)
             else:
                 self._train(found)
 
@@ -142,12 +152,11 @@ class Driver:
             if row.status == "trained":
                 self._judge(ready, row)
             else:
-                self._end(row, was_trained=True, ready=ready)
+                self._end(row, ready)
 
     def _judge(self, ready: Ready, row: Row) -> None:
         self._judging[ready.key] = ready, row
-        head = read_head(self.ledger.store, *ready.key)
-        self.judge.submit(challenger_of(row), row.task, head, ready.gates)
+        self.judge.submit(challenger_of(row), row.task, self.settler.champion_before(row), ready.gates)
 
     def _settle(self, timeout_seconds: float) -> None:
         for judged in self.judge.results(timeout_seconds):
@@ -158,23 +167,23 @@ class Driver:
         row = self.settler.judged(row, judged)
         if ready.resweep and row.status == "rejected":
             self.resweeps.append((ready, row))
-        self._end(row, was_trained=True, ready=ready)
+        self._end(row, ready)
 
-    def _end(self, row: Row, *, was_trained: bool, ready: Ready | None = None) -> None:
+    def _end(self, row: Row, ready: Ready | None = None) -> None:
         """Keep a row that has ended; rows of customers whose search is due are kept when it is over."""
+        if ready is not None:
+            self.shown.end(ready, row)  # first: who continues after a kill passes over rows that are kept
         if ready is None or not any(one is ready for one, _ in self.resweeps):
             row = self.ledger.record(self.night, row)
             self.rows.append(row)
-        self.canaries.end((row.tenant, row.task), was_trained=was_trained, is_bad=row.status in ("failed", "rejected"))
-        if ready is not None:
-            self.shown.end(ready, row)
+        self.canaries.end(row)
 
     # Limits.
 
     def _must_stop(self) -> str | None:
-        if self.deadline is not None and time.time() >= self.deadline:
+        if self.deadline is not None and self.now() >= self.deadline:
             return "deadline"
-        self.hours.used = self.fleet.num_hosts * (time.monotonic() - self._started) / 3600
+        self.hours.held = self._held_hours()
         if self.hours.are_over:
             return "budget"
         return "canary" if self.canaries.has_failed else None
@@ -192,28 +201,43 @@ class Driver:
         steps = {"canary": "Look at the canaries; the next night tries again."}
         step = steps.get(str(reason), "It is first in line next night.")
         self._await_measured()
-        left = [ready.row for some in self._training.values() for ready in some]
-        left += [carried(one.customer, one.last) for one in (*self._preparing.values(), *self._todo)]
+        under_way = {ready.key: ready for some in self._training.values() for ready in some}
+        left = [ready.row for ready in under_way.values()] + self._unprepared()
+        for row in held_rows(left, str(reason), sentence, step, self.now()):
+            self._end(row, under_way.get((row.tenant, row.task)))
+
+    def _unprepared(self) -> list[Row]:
+        """Take no further customer up; return the rows, so far, of those who have none yet."""
+        left = []
+        for future, one in self._preparing.items():
+            found = carried(one.customer, one.last) if future.cancel() else future.result()
+            if isinstance(found, Ready):
+                left.append(found.row)
+            elif future.cancelled():
+                left.append(found)
+            else:
+                self._end(found)
+        left += [carried(one.customer, one.last) for one in self._todo]
+        self._preparing.clear()
         self._todo.clear()
-        for future in self._preparing:
-            future.cancel()
-        for row in held_rows(left, str(reason), sentence, step):
-            self.rows.append(self.ledger.record(self.night, row))
+        return left
 
     def _await_measured(self) -> None:
         until = time.monotonic() + MAX_JUDGING_SECONDS
         while self._judging and time.monotonic() < until:
             self._settle(1.0)
         for ready, row in self._judging.values():
-            self._end(replace(row, sentence="It was trained, and awaits its verdict."), was_trained=True, ready=ready)
+            self._end(replace(row, sentence="It was trained, and awaits its verdict."), ready)
         self._judging.clear()
 
     def _cost_of(self, finished: Finished) -> float:
         """Return a job's share of the hours that hosts were held so far, by tokens."""
         if finished.reused or not self._num_tokens:
             return 0.0
-        hours = self.fleet.num_hosts * (time.monotonic() - self._started) / 3600
-        return hours * finished.num_tokens / self._num_tokens
+        return self._held_hours() * finished.num_tokens / self._num_tokens
+
+    def _held_hours(self) -> float:
+        return self.fleet.num_hosts * (time.monotonic() - self._started) / 3600
 
     def _check_claim(self) -> None:
         if self.lease.is_lost:
@@ -235,9 +259,3 @@ _REMARKS = {
     "budget": "The accelerator-hours of this night were used up: the rest is first in line next night.",
     "canary": "The canaries stopped the night ({canaries}): nobody else was trained.",
 }
-
-
-def keys_of(rows: Sequence[Row]) -> Iterator[Key]:
-    """Yield (tenant, task) of rows."""
-    for row in rows:
-        yield row.tenant, row.task

@@ -1,7 +1,10 @@
 """The brakes of a night: how many champions it may replace, how long its hosts may be held, and what canaries say."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+
+from pipelines.nightly.records import Row
 
 
 @dataclass
@@ -37,18 +40,29 @@ class Canaries:
 
     waiting: set[tuple[str, str]]
     most_failures: float
-    """Share of the canaries that were trained, above which the night stops."""
+    """Share of the canaries that were trained or failed, above which the night stops."""
     num_ended: int = 0
     num_bad: int = 0
     bad: list[str] = field(default_factory=list)
 
-    def end(self, key: tuple[str, str], *, was_trained: bool, is_bad: bool) -> None:
+    @staticmethod
+    def of(waiting: Iterable[tuple[str, str]], ended: Iterable[Row], most_failures: float) -> "Canaries":
+        """Return the canaries of a night in which some of them had ended before it was continued."""
+        before = [row for row in ended if row.is_canary]
+        canaries = Canaries({*waiting, *((row.tenant, row.task) for row in before)}, most_failures)
+        for row in before:
+            canaries.end(row)
+        return canaries
+
+    def end(self, row: Row) -> None:
         """Note how a canary's row ended; other customers are passed over."""
+        key = (row.tenant, row.task)
         if key not in self.waiting:
             return
         self.waiting.remove(key)
-        self.num_ended += was_trained
-        if was_trained and is_bad:
+        is_bad = row.status in ("failed", "rejected")
+        self.num_ended += is_bad or row.adapter_id is not None
+        if is_bad:
             self.num_bad += 1
             self.bad.append(".".join(key))
 
@@ -68,8 +82,11 @@ class Hours:
     """Accelerator-hours of a night: hosts that are held count, whether they train or wait."""
 
     most: float | None
-    used: float = 0.0
+    before: float = 0.0
+    """Used before the night was continued."""
+    held: float = 0.0
+    """Since then."""
 
     @property
     def are_over(self) -> bool:
-        return self.most is not None and self.used >= self.most
+        return self.most is not None and self.before + self.held >= self.most

@@ -6,7 +6,9 @@ if rows, champion or settings have moved since.
 
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 from infra.errors import BadInput, LorafleetError, ObjectNotFound, ServiceUnavailable, WorkFailed, WrongBase
@@ -61,6 +63,8 @@ class Preparer:
     night: str
     planned_before: set[tuple[str, str]] = field(default_factory=set)
     """Customers whose plan stands there since before this process began."""
+    now: Callable[[], float] = time.time
+    """Seconds since the epoch."""
 
     def prepare(self, one: Planned) -> Ready | Row:
         """Return a customer's pinned job, or how its night ends without one. Whatever goes wrong is its row."""
@@ -88,7 +92,8 @@ class Preparer:
         if head is not None and head.kind == "freeze":
             step = f"To let it be trained again: lorafleet unfreeze {customer.name}."
             return self._ended(one, "held", "frozen", f"{head.actor} froze it ({head.reason or 'no reason given'}).", step)
-        cared = look_after(customer, resolver.renderer, last, lambda: self._last_rows(customer, last), open_store)
+        last_rows = partial(self._last_rows, customer, last)
+        cared = look_after(customer, resolver.renderer, last, last_rows, open_store, self.now())
         row = self._row(one, cared, head)
         if cared.hold is not None:
             save_quarantine(self.store, customer.tenant, cared)
@@ -115,7 +120,7 @@ class Preparer:
             state_key=state_key(*customer.key, base_id, recipe, cared.digest, customer.holdout, gates),
             champion_id=head.adapter_id if head else None,
             generation=head.generation if head else None,
-            ended_at=time.time(),
+            ended_at=self.now(),
         )
 
     def _with_past(self, row: Row, last: Row | None) -> Row:
@@ -193,7 +198,7 @@ class Preparer:
     def _ended(self, one: Planned, status: Any, reason: str, sentence: str, step: str = "") -> Row:
         row = carried(one.customer, one.last)
         return replace(
-            row, status=status, reason=reason, sentence=sentence, next_step=step, signature=one.signature, ended_at=time.time()
+            row, status=status, reason=reason, sentence=sentence, next_step=step, signature=one.signature, ended_at=self.now()
         )
 
     def _with_settings(self, one: Planned, row: Row) -> Row:

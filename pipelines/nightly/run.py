@@ -14,14 +14,15 @@ from pathlib import Path
 from infra.claims import Lease, claim
 from infra.errors import BadInput, ClaimHeld
 from infra.storage import Storage
+from infra.tracking_log import TrackingLog
 from pipelines.nightly.calendar import deadline_of, night_name
-from pipelines.nightly.closing import Closing, keep_night
+from pipelines.nightly.closing import Closing
 from pipelines.nightly.driver import Driver, Progress
 from pipelines.nightly.forecast import Planned
 from pipelines.nightly.judge import Judge
 from pipelines.nightly.ledger import Begun, FleetLedger, following, order_of
 from pipelines.nightly.limits import Canaries, Hours, PromotionQuota
-from pipelines.nightly.planning import Train
+from pipelines.nightly.planning import Look, Skip, Train
 from pipelines.nightly.preparing import Preparer
 from pipelines.nightly.records import NightReport, Row
 from pipelines.nightly.settling import Settler, held_rows
@@ -35,6 +36,8 @@ log = logging.getLogger(__name__)
 CLAIM_FORMAT = "fleet-claim/1"
 ALIASES_SECONDS = 600.0
 """For which the end of a night waits until MLflow shows its promotions."""
+_WAITS = frozenset({"held", "deadline", "budget", "promotion_limit", "canary"})
+"""Why customers are looked at again that a finished night of this date held back."""
 
 
 @dataclass(frozen=True)
@@ -50,10 +53,10 @@ class NightOutcome:
 
     @property
     def exit_code(self) -> int:
-        """What a scheduler is told: 1 if a customer failed, or the night stopped before all were done."""
+        """What a scheduler is told: 1 if a customer failed or the canaries stopped the night."""
         if self.report is None:
             return 0
-        return 1 if self.report.counts["failed"] or not self.report.is_finished or _is_cut_short(self.report) else 0
+        return 1 if self.report.counts["failed"] or any(_is_stopped(row) for row in self.report.rows) else 0
 
 
 def run(
@@ -117,29 +120,41 @@ class _Night:
         return self.workspace.store
 
     def run(self, retry: Sequence[str] | None) -> NightOutcome:
+        with self.workspace.tracking(f"night-{self.fleet.spec.name}") as tracking:
+            outcome = self._run(tracking.log, retry)
+        if tracking.num_left:
+            left = f"MLflow has not taken {tracking.num_left} events yet; the same command ships them."
+            outcome = replace(outcome, notes=(*outcome.notes, left))
+        return outcome
+
+    def _run(self, log: TrackingLog, retry: Sequence[str] | None) -> NightOutcome:
         name = night_name(self.now(), self.fleet.spec.limits)
-        begun = self._unfinished(name)
+        begun, cut_off = self._unfinished(name)
+        for night in cut_off:
+            self._close_cut_off(night, log)
         survey = self.surveyor.survey(self.fleet, self.now())
         if retry is not None:
             survey = retried(survey, retry)
         if begun is None:
             last = self._last_finished(name)
-            if last is not None and not survey.planned:
+            if last is not None and not any(map(_is_news, survey.planned)):
                 return self._nothing_new(last)
             begun = self._begin(name)
-        return self._drive(begun, survey)
+        aliases = Aliases(self.store, self.workspace.services.registry)
+        for night in cut_off:
+            self._shown(log, aliases, night).again(self.ledger.rows(night).values())
+        return self._drive(begun, survey, self._shown(log, aliases, begun.night))
 
-    def _unfinished(self, name: str) -> Begun | None:
-        """Return tonight's night if it began and is not finished; close an earlier one that was cut off."""
-        for night in self.ledger.nights():
-            if self.ledger.is_finished(night):
-                continue
-            if order_of(night)[0] == name:
-                return self.ledger.begun(night)
-            self._close_cut_off(night)
-        return None
+    def _shown(self, log: TrackingLog, aliases: Aliases | None, night: str) -> Shown:
+        return Shown(log, aliases, self.store, self.fleet.spec.name, night)
 
-    def _close_cut_off(self, night: str) -> None:
+    def _unfinished(self, name: str) -> tuple[Begun | None, list[str]]:
+        """Return tonight's night if it began and is not finished, and the earlier ones that were cut off."""
+        left = [night for night in self.ledger.nights() if not self.ledger.is_finished(night)]
+        tonight = next((night for night in left if order_of(night)[0] == name), None)
+        return self.ledger.begun(tonight) if tonight is not None else None, [night for night in left if night != tonight]
+
+    def _close_cut_off(self, night: str, log: TrackingLog) -> None:
         """Close a night that another one follows: what it planned and did not end is first in line."""
         memory, trend = self.ledger.memory()
         rows = self.ledger.rows(night)
@@ -149,12 +164,14 @@ class _Night:
             "deadline",
             "Its night was cut off before it was done.",
             "It is first in line this night.",
+            self.now(),
         )
-        begun = self.ledger.begun(night)
-        ended = [*rows.values(), *left]
         remarks = ("This night was cut off; the next one took up what was left.",)
-        report = self._report(begun, ended, remarks, trend, is_finished=False)
-        keep_night(self.ledger, report, memory, self.workspace.settings.home)
+        report = self._report(self.ledger.begun(night), [*rows.values(), *left], remarks, trend, is_finished=False)
+        self._closing(self._shown(log, None, night)).cut_off(report, memory, left)
+
+    def _closing(self, shown: Shown) -> Closing:
+        return Closing(self.ledger, shown, self.workspace.settings.home)
 
     def _last_finished(self, name: str) -> str | None:
         found = [night for night in self.ledger.nights() if order_of(night)[0] == name]
@@ -170,24 +187,25 @@ class _Night:
         note = f"Nothing changed since the night {night}, which is finished."
         return NightOutcome(None, page if page.exists() else None, (note,), is_new=False)
 
-    def _drive(self, begun: Begun, survey: Survey) -> NightOutcome:
+    def _drive(self, begun: Begun, survey: Survey, shown: Shown) -> NightOutcome:
         before = self.ledger.rows(begun.night)
         todo = [one for one in survey.planned if one.customer.key not in before]
-        rows, remarks = list(before.values()), []
-        with self.workspace.tracking(f"night-{self.fleet.spec.name}") as tracking:
-            aliases = Aliases(self.store, self.workspace.services.registry)
-            shown = Shown(tracking.log, aliases, self.store, self.fleet.spec.name, begun.night)
-            shown.open()
+        others = [row for row in (*survey.skipped, *survey.refused) if (row.tenant, row.task) not in before]
+        rows, remarks = [*before.values(), *others], []
+        shown.open()
+        shown.again(before.values())
+        try:
             if todo:
                 driver = self._driven(begun, survey, todo, before, shown)
                 rows, remarks = [*rows, *driver.rows], driver.remarks
-            note = aliases.close(ALIASES_SECONDS)
-            every = [*rows, *survey.skipped, *survey.refused]
-            report = self._report(begun, every, (*remarks, *([note] if note else [])), survey.trend, is_finished=True)
-            page = keep_night(self.ledger, report, survey.memory, self.workspace.settings.home)
-            told = Closing(self.fleet, shown).close(report, page)
-        if tracking.num_left:
-            told = (*told, f"MLflow has not taken {tracking.num_left} events yet; the same command ships them.")
+        except BaseException:
+            shown.wait(0.0)
+            if not self.lease.is_lost:
+                shown.pause()
+            raise
+        note = shown.wait(ALIASES_SECONDS)
+        report = self._report(begun, rows, (*remarks, *([note] if note else [])), survey.trend, is_finished=True)
+        page, told = self._closing(shown).close(report, survey.memory, self.fleet.spec.notify)
         return NightOutcome(report, page, told)
 
     def _driven(
@@ -202,21 +220,22 @@ class _Night:
             quota = PromotionQuota(limits.max_promotions_share, survey.num_champions)
             for row in before.values():
                 if row.status == "promoted":
-                    quota.count(row.champion is not None)
-            canaries = Canaries({one.customer.key for one in todo if one.customer.is_canary}, limits.max_canary_failures)
+                    quota.count(row.generation != 1)
+            canaries = {one.customer.key for one in todo if one.customer.is_canary}
             driver = Driver(
                 ledger=self.ledger,
                 night=begun.night,
                 lease=self.lease,
                 fleet=hosts,
                 judge=judge,
-                preparer=Preparer(self.surveyor, self.ledger, begun.night, self.ledger.planned(begun.night)),
-                settler=Settler(self.store, self.fleet.spec.name, begun.night, quota),
+                preparer=Preparer(self.surveyor, self.ledger, begun.night, self.ledger.planned(begun.night), self.now),
+                settler=Settler(self.store, self.fleet.spec.name, begun.night, quota, self.now),
                 shown=shown,
-                canaries=canaries,
-                hours=Hours(limits.gpu_hours),
+                canaries=Canaries.of(canaries, before.values(), limits.max_canary_failures),
+                hours=Hours(limits.gpu_hours, before=sum(row.cost for row in before.values())),
                 deadline=begun.deadline,
                 on_progress=self.on_progress,
+                now=self.now,
             )
             try:
                 driver.run(todo)
@@ -242,8 +261,13 @@ class _Night:
         )
 
 
-def _is_cut_short(report: NightReport) -> bool:
-    return any(row.reason in ("deadline", "budget", "canary") for row in report.rows if row.status == "held")
+def _is_stopped(row: Row) -> bool:
+    return row.status == "held" and row.reason == "canary"
+
+
+def _is_news(one: Planned) -> bool:
+    """Tell whether something happened since a night that is finished: what that night held back waits for the next date."""
+    return not isinstance(one.decision, Skip) and one.decision.because not in _WAITS
 
 
 def retried(survey: Survey, tenants: Sequence[str]) -> Survey:
@@ -258,9 +282,10 @@ def retried(survey: Survey, tenants: Sequence[str]) -> Survey:
         raise BadInput(f"there is no customer '{unknown[0][:80]}' in this fleet; see 'lorafleet plan'.")
     again = [one for one in survey.passed_over if _is_wanted(one, tenants)]
     keys = {one.customer.key for one in again}
+    planned = [_again(one) if isinstance(one.decision, Look) and _is_wanted(one, tenants) else one for one in survey.planned]
     return replace(
         survey,
-        planned=(*survey.planned, *(_again(one) for one in again)),
+        planned=(*planned, *(_again(one) for one in again)),
         skipped=tuple(row for row in survey.skipped if (row.tenant, row.task) not in keys),
     )
 

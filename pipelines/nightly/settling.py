@@ -5,14 +5,14 @@ comes here again with the same adapter: whoever is champion already was promoted
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from infra.errors import BadInput, GateRejected, LorafleetError, ServiceUnavailable, WorkFailed
 from infra.storage import Storage
 from pipelines.gates import Verdict
-from pipelines.journal import Candidate, read_head, register_candidate
+from pipelines.journal import Candidate, Entry, history, read_head, register_candidate
 from pipelines.nightly.judge import Judged
 from pipelines.nightly.limits import PromotionQuota
 from pipelines.nightly.preparing import Ready
@@ -39,6 +39,8 @@ class Settler:
     fleet: str
     night: str
     quota: PromotionQuota
+    now: Callable[[], float] = time.time
+    """Seconds since the epoch."""
 
     def trained(self, ready: Ready, finished: Finished, cost: float) -> Row:
         """Return a customer's row after its training: of status `trained` if there is an adapter to judge, else ended."""
@@ -48,17 +50,25 @@ class Settler:
             num_tokens=0 if finished.reused else finished.num_tokens,
             seconds=0.0 if finished.reused else finished.seconds,
             cost=cost,
-            ended_at=time.time(),
+            ended_at=self.now(),
         )
         if finished.status == "succeeded":
             assert finished.adapter_id is not None
             self._offer(ready, finished)
             digest = ready.job.train.digest
-            return replace(row, status="trained", adapter_id=finished.adapter_id, trained_at=time.time(), train_digest=digest)
+            return replace(row, status="trained", adapter_id=finished.adapter_id, trained_at=self.now(), train_digest=digest)
         if finished.status in ("preempted", "cancelled"):
             return replace(row, status="held" if finished.status == "preempted" else "failed", reason=finished.status)
         word, _, sentence = finished.reason.partition(": ")
         return replace(row, status="failed", reason=word or "error", sentence=sentence, next_step=_STEPS.get(word, ""))
+
+    def champion_before(self, row: Row) -> Entry | None:
+        """Return whom a trained row's adapter is compared with: the head, or the one before if this night promoted it already."""
+        head = read_head(self.store, row.tenant, row.task)
+        if head is None or head.adapter_id != row.adapter_id or not self._is_ours(head):
+            return head
+        earlier = history(self.store, row.tenant, row.task)[: head.generation - 1]
+        return earlier[-1] if earlier else None
 
     def judged(self, row: Row, judged: Judged) -> Row:
         """Return the end of a trained customer's night. Raises nothing that is this customer's alone."""
@@ -110,12 +120,16 @@ class Settler:
         """It was promoted by this night before a kill; or training gave the very adapter that is champion."""
         entry = read_head(self.store, row.tenant, row.task)
         assert entry is not None
-        ours = entry.actor == f"nightly {self.fleet}" and entry.reason == f"night {self.night}"
         known: dict[str, Any] = {"champion_id": entry.adapter_id, "generation": entry.generation, "num_rejections": 0}
-        if ours:
+        if self._is_ours(entry):
             self.quota.count(entry.previous is not None)
-            return replace(row, status="promoted", sentence="It was promoted before the night was interrupted.", **known)
+            judged.jury.judge(judged.challenger, row.task, judged.champion)
+            said = "It was promoted before the night was interrupted."
+            return replace(row, status="promoted", sentence=said, verdicts=_verdicts(judged), **known)
         return replace(row, status="skipped", reason="same_adapter", sentence="Training gave the champion again.", **known)
+
+    def _is_ours(self, entry: Entry) -> bool:
+        return entry.actor == f"nightly {self.fleet}" and entry.reason == f"night {self.night}"
 
     def _beyond_the_limit(self, row: Row, judged: Judged) -> Row:
         head = read_head(self.store, row.tenant, row.task)
@@ -140,7 +154,7 @@ class Settler:
             champion=judged.value("champion", METRIC),
             base=judged.value("base", METRIC),
             holdout_digest=judged.holdout_digest or row.holdout_digest,
-            ended_at=time.time(),
+            ended_at=self.now(),
         )
 
 
@@ -174,6 +188,6 @@ def _verdict(verdict: Verdict) -> dict[str, Any]:
     return {name: value for name, value in verdict.to_json().items() if name != "figures"}
 
 
-def held_rows(rows: Sequence[Row], reason: str, sentence: str, step: str) -> list[Row]:
+def held_rows(rows: Sequence[Row], reason: str, sentence: str, step: str, now: float) -> list[Row]:
     """Return the rows of customers whose turn did not come."""
-    return [replace(row, status="held", reason=reason, sentence=sentence, next_step=step, ended_at=time.time()) for row in rows]
+    return [replace(row, status="held", reason=reason, sentence=sentence, next_step=step, ended_at=now) for row in rows]

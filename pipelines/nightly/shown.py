@@ -7,8 +7,9 @@ models equal to the store. What could not be shown is said, and made up for by `
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra.errors import LorafleetError
@@ -68,7 +69,8 @@ class Shown:
     """Writes a night into the tracking log."""
 
     log: TrackingLog
-    aliases: Aliases
+    aliases: Aliases | None
+    """None: of a night that nobody drives any more."""
     store: Storage
     fleet: str
     night: str
@@ -81,15 +83,43 @@ class Shown:
 
     def open(self) -> None:
         """The night is driven (again)."""
-        self.log.run(RunStart(self.parent, self.fleet, f"night-{self.night}", tags={"lorafleet.fleet": self.fleet}))
+        self._run_of_night()
         self.log.end(self.parent, "running")
+
+    def pause(self) -> None:
+        """The night was interrupted, and waits for the command that finishes it."""
+        self.log.end(self.parent, "preempted")
 
     def begin(self, ready: Ready) -> None:
         """A customer is trained."""
-        tags = tags_of(ready.job) | {"lorafleet.fleet": self.fleet}
-        name = f"{ready.customer.name}-{self.night}"
-        self.log.run(RunStart(self.key(ready), self.fleet, name, self.parent, tags=tags, params=params_of(ready.job)))
+        self._run_of(ready.key, tags_of(ready.job), params_of(ready.job))
         self.log.end(self.key(ready), "running")
+
+    def again(self, rows: Iterable[Row]) -> None:
+        """These ended before the night was interrupted, which may have come before their registered models were shown."""
+        for row in rows:
+            if row.adapter_id is not None and self.aliases is not None:
+                self.aliases.show((row.tenant, row.task))
+
+    def wait(self, timeout_seconds: float) -> str | None:
+        """Wait until all registered models are shown; return a sentence if one is not."""
+        return None if self.aliases is None else self.aliases.close(timeout_seconds)
+
+    def cut_off(self, planned: Iterable[Row], page: Path) -> None:
+        """Nobody finishes this night any more: close its run, and those of customers it planned and did not end."""
+        self._run_of_night()
+        for row in planned:
+            key = (row.tenant, row.task)
+            self._run_of(key, {}, {})
+            self.log.end(self._key(key), f"cancelled({row.reason})")
+        self._pages(page)
+        self.log.end(self.parent, "cancelled")
+
+    def close(self, counts: Mapping[str, int], page: Path) -> None:
+        """The night has ended."""
+        self.log.tags(self.parent, {f"lorafleet.{status}": str(count) for status, count in counts.items()})
+        self._pages(page)
+        self.log.end(self.parent, "failed" if counts["failed"] else "succeeded")
 
     def points(self, ready: Ready, chunks: Iterable[str]) -> None:
         """The points in these chunks are safe."""
@@ -109,16 +139,29 @@ class Shown:
         """A customer's night has ended; its registered model may have changed."""
         verdict = {"lorafleet.night": self.night, "lorafleet.candidate": row.status}
         self.log.tags(self.key(ready), verdict)
-        done = "succeeded" if row.adapter_id is not None else "failed"
-        self.log.end(self.key(ready), done if done == "succeeded" else f"failed({row.reason})")
-        if row.adapter_id is not None:
-            self.aliases.show(ready.key)
+        ended = "failed" if row.status == "failed" else "cancelled"  # by a limit of the night
+        self.log.end(self.key(ready), "succeeded" if row.adapter_id is not None else f"{ended}({row.reason})")
+        self.again([row])
 
     def key(self, ready: Ready) -> str:
         """Return the tracker's key of a customer's run."""
-        return f"{self.parent}/{ready.customer.name}"
+        return self._key(ready.key)
 
     def left_open(self, readies: Sequence[Ready]) -> None:
         """These are checkpointed and go on another time."""
         for ready in readies:
             self.log.end(self.key(ready), "preempted")
+
+    def _key(self, customer: Model) -> str:
+        return f"{self.parent}/{'.'.join(customer)}"
+
+    def _run_of_night(self) -> None:
+        self.log.run(RunStart(self.parent, self.fleet, f"night-{self.night}", tags={"lorafleet.fleet": self.fleet}))
+
+    def _run_of(self, customer: Model, tags: Mapping[str, str], params: Mapping[str, str]) -> None:
+        name, fleet = f"{'.'.join(customer)}-{self.night}", {"lorafleet.fleet": self.fleet}
+        self.log.run(RunStart(self._key(customer), self.fleet, name, self.parent, tags={**tags, **fleet}, params=params))
+
+    def _pages(self, page: Path) -> None:
+        for path in (page, page.with_suffix(".json")):
+            self.log.file(self.parent, path, "report")
