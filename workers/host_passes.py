@@ -106,6 +106,7 @@ class Passes:
         self._limit: int | None = None
         self._measured_at = -MEASURE_PASSES
         self._num_passes = self._pass_tokens = self._tokens_since_told = 0
+        self._busy_seconds = 0.0
         self._told = time.monotonic()
 
     @property
@@ -129,8 +130,9 @@ class Passes:
         tokens, started = sum(seat.training.next_tokens for seat in chosen), time.perf_counter()
         ceiling = self._budget.ceiling
         outcome = in_parts(chosen, self._advance, self._relieve)
+        seconds = time.perf_counter() - started
+        self._busy_seconds += seconds
         if self._budget.ceiling == ceiling:  # otherwise the pass was no pass of so many tokens
-            seconds = time.perf_counter() - started
             self._budget = self._budget.after_pass(tokens, seconds, left_out=choice.left_out, limit=limit)
         self._num_passes += 1
         self._pass_tokens = tokens
@@ -139,7 +141,10 @@ class Passes:
 
     def evaluate(self, seats: Sequence[Seat]) -> Outcome[dict[str, float]]:
         """Measure all these jobs on their validation rows, in the same passes."""
-        return in_parts(seats, self._evaluate, lambda part: False)
+        started = time.perf_counter()
+        outcome = in_parts(seats, self._evaluate, lambda part: False)
+        self._busy_seconds += time.perf_counter() - started
+        return outcome
 
     def state(self, seats: Sequence[Seat], *, at_once: bool = False) -> PackState | None:
         """Return what there is to tell of the pack, None if that was told a moment ago."""
@@ -150,7 +155,8 @@ class Passes:
         self._told, self._tokens_since_told = now, 0
         job_ids = tuple(seat.job.job_id for seat in seats)
         budget = self._budget.in_force(self._limit)
-        return PackState(self._name, job_ids, budget, self._pass_tokens, rate, self._num_passes, time.time())
+        passes = self._num_passes
+        return PackState(self._name, job_ids, budget, self._pass_tokens, rate, passes, time.time(), self._busy_seconds)
 
     def _advance(self, seats: Sequence[Seat]) -> dict[Seat, StepResult]:
         if len(seats) == 1:

@@ -86,6 +86,8 @@ class PackState:
     """Since the host started."""
     told: float
     """When, in seconds since the epoch: an old one tells of a host that is gone or stuck."""
+    busy_seconds: float = 0.0
+    """Spent in passes, of training and of evaluation, since the base was loaded."""
 
 
 JobEvent = Progress | Evaluated | Checkpointed | Finished
