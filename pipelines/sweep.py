@@ -14,15 +14,16 @@ from pipelines.references import find_reference
 from pipelines.sweep_names import find_sweep
 from pipelines.sweep_reports import report_of
 from pipelines.workspace import Tracking, Workspace
-from sweeps.ledger import read_spec
+from sweeps.ledger import read_spec, read_trials
 from sweeps.projection import sweep_key, trial_key
 from sweeps.run import Surroundings, SweepResult, run_sweep
 from sweeps.spec import SweepSpec
 from sweeps.study import StudyMirror, no_mirror
 from sweeps.view import SweepView
 from workers import layout
-from workers.fleet import HostFleet
+from workers.fleet import Fleet
 from workers.job import Job
+from workers.lazy_fleet import LazyFleet
 from workers.spec import metrics_of
 
 if TYPE_CHECKING:
@@ -74,7 +75,9 @@ def anchored(spec: SweepSpec, folder: Path) -> SweepSpec:
 def run_spec(workspace: Workspace, spec: SweepSpec, on_change: Callable[[SweepView], None] = lambda view: None) -> SweepOutcome:
     """Run a sweep. Everything wrong is found before the first trial is recorded."""
     job = spec.base_job
-    with workspace.fleet(job.resources.num_threads, min(spec.max_concurrent, spec.num_trials)) as fleet:
+    is_over = _is_over(workspace.store, spec)
+    max_hosts = min(spec.max_concurrent, spec.num_trials)
+    with workspace.fleet(job.resources.num_threads, max_hosts, at_once=not is_over) as start:
         workspace.services.check_at_start()
         resolver = workspace.resolver(Path.cwd())
         resolved = resolver.resolve(job)
@@ -82,11 +85,21 @@ def run_spec(workspace: Workspace, spec: SweepSpec, on_change: Callable[[SweepVi
         _check_measured(spec, resolved)
         _check_register(spec)
         with _tracking(workspace, job.tenant, spec.name) as tracking:
-            result = run_sweep(spec, _surroundings(workspace, spec, fleet(), resolver, tracking, on_change))
+            fleet: Fleet = LazyFleet(start) if is_over else start()
+            result = run_sweep(spec, _surroundings(workspace, spec, fleet, resolver, tracking, on_change))
             registered, note = _register(workspace, spec, result, base_id, tracking)
             report = _report(workspace, result, tracking)
     notes = (*resolver.notes, *result.notes, *([note] if note else []))
     return SweepOutcome(result, registered, report, notes, tracking.num_left)
+
+
+def _is_over(store: Storage, spec: SweepSpec) -> bool:
+    """Tell whether the sweep seems to have reached its total, so that no host will be needed."""
+    tenant = spec.base_job.tenant
+    if store.head(layout.sweep_spec(tenant, spec.name)) is None:
+        return False
+    trials = read_trials(store, tenant, spec.name)
+    return len(trials) >= spec.num_trials and all(trial.status != "running" for trial in trials)
 
 
 def _tracking(workspace: Workspace, tenant: str, name: str) -> Tracking:
@@ -108,7 +121,7 @@ def resume(workspace: Workspace, reference: str, on_change: Callable[[SweepView]
 def _surroundings(
     workspace: Workspace,
     spec: SweepSpec,
-    fleet: HostFleet,
+    fleet: Fleet,
     resolver: "Resolver",
     tracking: Tracking,
     on_change: Callable[[SweepView], None],

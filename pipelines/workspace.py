@@ -74,22 +74,29 @@ class Workspace:
         return Resolver(self.store, folder, self.services.cache_dir, find)
 
     @contextmanager
-    def fleet(self, num_threads: int, max_hosts: int) -> Iterator[Callable[[], HostFleet]]:
+    def fleet(self, num_threads: int, max_hosts: int, *, at_once: bool = True) -> Iterator[Callable[[], HostFleet]]:
         """Start the launcher and a fleet in the background; calling what this yields waits for it. Closed at the end.
 
-        Starting takes seconds, in which the caller finds out whether there is anything to train.
+        Starting takes seconds, in which the caller finds out whether there is anything to train. Without `at_once` it begins
+        with the first call, for callers who expect that there is nothing.
         """
 
         def start() -> HostFleet:
             return HostFleet(self.services, self.services.launcher(), num_threads=num_threads, max_hosts=max_hosts)
 
         with ThreadPoolExecutor(1, "start-fleet") as pool:
-            starting = pool.submit(start)
+            starting = [pool.submit(start)] if at_once else []
+
+            def started() -> HostFleet:
+                if not starting:
+                    starting.append(pool.submit(start))
+                return starting[0].result()
+
             try:
-                yield starting.result
+                yield started
             finally:
-                if starting.exception() is None:
-                    starting.result().close(preempt=True)
+                if starting and starting[0].exception() is None:
+                    starting[0].result().close(preempt=True)
 
     def tracking(self, name: str) -> "Tracking":
         """Open the local tracking log `name` and the shipper that replays it."""

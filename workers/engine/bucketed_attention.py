@@ -20,8 +20,8 @@ from workers.engine.flash_attention import flash_attend, flash_attend_backward
 from workers.engine.sequences import Bucket, Sequences
 
 BLOCKED_FROM = {"narrow": 0, "grouped": 128, "plain": 256}
-"""Padded length from which explicit blocks beat the fused kernel [tokens]; measured on one core: 0.6 of its time at 16 to 48 tokens
-and 0.55 at 256 for heads of 8, 0.8 at 128 and 0.7 at 256 where heads share keys, 0.9 at 256 else."""
+"""Padded length from which explicit blocks beat the fused kernel [tokens]; measured on one core: 0.6 of its time at 16 to 48
+tokens and 0.55 at 256 for heads of 8, 0.8 at 128 and 0.7 at 256 where heads share keys, 0.9 at 256 else."""
 
 SCORES_AT_A_TIME = 262_144
 """Scores of a block that are computed together: 1 MiB in float32, the second-level cache of common servers."""
