@@ -14,15 +14,19 @@ import yaml
 from infra.local_storage import LocalStorage
 from pipelines.journal import Entry, history
 from pipelines.nightly.driver import Progress
+from pipelines.nightly.ledger import FleetLedger
 from pipelines.nightly.records import Row
 from pipelines.nightly.run import NightOutcome, run
 from pipelines.workspace import Workspace
 from tests.pipelines.command_line import installation
+from workers.data.rows import Row as TrainedRow
+from workers.data.store import load_rows
+from workers.job import DataRef, Job
 
 DataRow = Mapping[str, Any]
 DAY = 86400.0
-NOON = 1_795_521_600.0
-"""2026-11-24, 12:00 UTC."""
+NOON = 1_748_779_200.0
+"""2025-06-01, 12:00 UTC: before the nights that tests of the command line run today."""
 TASK = "calls"
 JOB = {
     "task": TASK,
@@ -103,6 +107,16 @@ class Town:
         """Return who is champion of a customer."""
         return self.journal(tenant)[-1].adapter_id
 
+    def job(self, tenant: str, night: str) -> Job:
+        """Return what a night decided to train for a customer."""
+        plan = FleetLedger(self.store, "town").plan(night, tenant, TASK)
+        assert plan is not None
+        return Job.from_json(plan.job)
+
+    def rows_of(self, tenant: str, data: DataRef | None) -> list[TrainedRow]:
+        """Return the rows of a job's training, validation or holdout."""
+        return [] if data is None else load_rows(self.store, tenant, data.digest)
+
     def nights(self) -> list[str]:
         """Return the names of all nights in the store."""
         return sorted(path.parent.name for path in (self.folder / ".lorafleet/store/fleets").glob("*/nights/*/night.json"))
@@ -135,6 +149,12 @@ class Night:
 
     def __getitem__(self, tenant: str) -> Row:
         return self.rows[tenant]
+
+    @property
+    def name(self) -> str:
+        """The night's date."""
+        assert self.outcome.report is not None
+        return self.outcome.report.night
 
     @property
     def ends(self) -> dict[str, tuple[str, str]]:
