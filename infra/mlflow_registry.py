@@ -8,6 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from mlflow.entities.model_registry import RegisteredModel
+
 from infra.mlflow_client import Mlflow, MlflowRefused, all_pages, cut, quoted
 
 # mlflow.utils.validation: MAX_MODEL_REGISTRY_TAG_KEY_LENGTH; values may be longer in 3.x, 5000 is what older servers take.
@@ -49,20 +51,34 @@ class ModelRegistry:
         """Return if MLflow answers, within seconds; raise ServiceUnavailable if not."""
         self._mlflow.check()
 
-    def ensure_model(self, name: str, tags: Mapping[str, str]) -> None:
-        """Create the registered model unless it exists, and set these tags on it."""
+    def ensure_model(self, name: str, tags: Mapping[str, str]) -> dict[str, str]:
+        """Create the registered model unless it exists, and set these tags on it; return the version each alias points at."""
         wanted = cut(dict(tags), KEY_LENGTH, VALUE_LENGTH)
-        try:
-            with self._mlflow.client() as client:
-                client.create_registered_model(name, tags=wanted)
-        except MlflowRefused as error:
-            if error.code != "RESOURCE_ALREADY_EXISTS":
-                raise
+        there = self._model(name)
+        if there is None:
+            try:
+                with self._mlflow.client() as client:
+                    client.create_registered_model(name, tags=wanted)
+                return {}
+            except MlflowRefused as error:
+                if error.code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            there = self._model(name)  # somebody else created it just now
+        assert there is not None, f"the model {name} exists and is not there"
         with self._mlflow.client() as client:
-            there = client.get_registered_model(name).tags
             for key, value in wanted.items():
-                if there.get(key) != value:
+                if there.tags.get(key) != value:
                     client.set_registered_model_tag(name, key, value)
+        return _aliases_of(there)
+
+    def add_version(self, name: str, key: str, source: str, tags: Mapping[str, str], run_id: str | None = None) -> str:
+        """Create a version for `key`, of which the caller has seen that there is none; return its number.
+
+        Should another have created one at the same time, there are two: `ensure_version` mends that.
+        """
+        wanted = cut({**tags, "lorafleet.key": key}, KEY_LENGTH, VALUE_LENGTH)
+        with self._mlflow.client() as client:
+            return str(client.create_model_version(name, source, run_id=run_id, tags=wanted, await_creation_for=0).version)
 
     def ensure_version(self, name: str, key: str, source: str, tags: Mapping[str, str], run_id: str | None = None) -> str:
         """Return the version that was created for `key` (an adapter_id), creating it if there is none; its tags are set.
@@ -73,8 +89,7 @@ class ModelRegistry:
         wanted = cut({**tags, "lorafleet.key": key}, KEY_LENGTH, VALUE_LENGTH)
         found = self._first_of(name, key)
         if found is None:
-            with self._mlflow.client() as client:
-                client.create_model_version(name, source, run_id=run_id, tags=wanted, await_creation_for=0)
+            self.add_version(name, key, source, tags, run_id)
             found = self._first_of(name, key)
         assert found is not None, f"version of {name} for {key} was created and is not there"
         self._set_tags(name, found, wanted)
@@ -98,17 +113,21 @@ class ModelRegistry:
 
     def aliases(self, name: str) -> dict[str, str]:
         """Return the version each alias points at; nothing if there is no such model."""
-        try:
-            with self._mlflow.client() as client:
-                return {alias: str(version) for alias, version in client.get_registered_model(name).aliases.items()}
-        except MlflowRefused as error:
-            if error.code != "RESOURCE_DOES_NOT_EXIST":
-                raise
-        return {}
+        there = self._model(name)
+        return {} if there is None else _aliases_of(there)
 
     def versions(self, name: str) -> list[RegisteredVersion]:
         """Return all versions of a model, oldest first; none if there is no such model."""
         return list(self._search(name, ""))
+
+    def _model(self, name: str) -> RegisteredModel | None:
+        try:
+            with self._mlflow.client() as client:
+                return client.get_registered_model(name)
+        except MlflowRefused as error:
+            if error.code != "RESOURCE_DOES_NOT_EXIST":
+                raise
+        return None
 
     def _first_of(self, name: str, key: str) -> RegisteredVersion | None:
         """Return the oldest version for `key`. Twins (a lost answer, two creators at once) are removed, by everybody alike."""
@@ -128,3 +147,7 @@ class ModelRegistry:
             found = sorted(pages, key=lambda version: int(version.version))
         for one in found:
             yield RegisteredVersion(str(one.version), str(one.source), dict(one.tags))
+
+
+def _aliases_of(model: RegisteredModel) -> dict[str, str]:
+    return {alias: str(version) for alias, version in model.aliases.items()}

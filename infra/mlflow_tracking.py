@@ -48,6 +48,8 @@ class MlflowTracker:
         self._mlflow = Mlflow(tracking_uri)
         self._run_ids: dict[str, str] = {}
         self._experiment_ids: dict[str, str] = {}
+        self._fresh: set[str] = set()
+        """Runs that were created here, and have the status they were created with."""
 
     @property
     def uri(self) -> str:
@@ -60,7 +62,10 @@ class MlflowTracker:
         tags = {"lorafleet.key": run.key, "lorafleet.status": "running", **run.tags}
         if run.parent is not None:
             tags["mlflow.parentRunId"] = self._run_id(run.parent)
-        found = self._find(run.key) or self._create(run, tags)
+        found = self._find(run.key)
+        if found is None:
+            found = self._create(run, tags)
+            self._fresh.add(run.key)
         missing_tags = {key: value for key, value in tags.items() if key[:KEY_LENGTH] not in found.data.tags}
         missing_params = {key: value for key, value in run.params.items() if _name(key) not in found.data.params}
         self._log(found.info.run_id, tags=missing_tags, params=missing_params)
@@ -86,13 +91,16 @@ class MlflowTracker:
 
     def end_run(self, key: str, status: str, time_ms: int | None = None) -> None:
         target = mlflow_status(status)
-        run = self._known(key)
-        self._log(run.info.run_id, tags=status_tags(status))
+        if status == "running" and key in self._fresh:
+            return
+        self._fresh.discard(key)
+        run_id = self._run_id(key)
+        self._log(run_id, tags=status_tags(status))
         with self._mlflow.client() as client:
             if split_status(status)[0] in OPEN_STATUSES:
-                client.update_run(run.info.run_id, status=target)
-            elif time_ms is not None or run.info.status != target:
-                client.set_terminated(run.info.run_id, target, end_time=time_ms)
+                client.update_run(run_id, status=target)
+            elif time_ms is not None or self._known(key).info.status != target:
+                client.set_terminated(run_id, target, end_time=time_ms)
 
     def open_runs(self, sweep: str) -> list[str]:
         runs = self._search(f"tags.`lorafleet.sweep` = {quoted(sweep)}")

@@ -63,13 +63,18 @@ def project(
     `run_ids` are MLflow's runs that new versions come from, by adapter. Raises ServiceUnavailable if MLflow does not answer.
     """
     told: list[str] = []
-    shown = shown_by(store, tenant, task)
     while True:
+        keys, shown = _keys(store, tenant, task), shown_by(store, tenant, task)
         told += _mend(registry, shown, run_ids or {})
-        now = shown_by(store, tenant, task)
-        if now == shown:  # aliases have no compare-and-set: whoever moved the store meanwhile may have been overwritten
+        # Aliases have no compare-and-set: whoever moved the store meanwhile may have been overwritten.
+        if _keys(store, tenant, task) == keys:
             return told
-        shown = now
+
+
+def _keys(store: Storage, tenant: str, task: str) -> list[str]:
+    """Return the keys of what a model's aliases follow from, none of which is ever changed."""
+    keys = [info.key for info in store.list(layout.model(tenant, task))]
+    return [key for key in keys if key.endswith(".json")]
 
 
 def differences(store: Storage, registry: ModelRegistry, tenant: str, task: str) -> list[str]:
@@ -80,12 +85,16 @@ def differences(store: Storage, registry: ModelRegistry, tenant: str, task: str)
 
 
 def _mend(registry: ModelRegistry, shown: Shown, run_ids: Mapping[str, str]) -> list[str]:
-    registry.ensure_model(shown.name, {"lorafleet.tenant": shown.tenant, "lorafleet.task": shown.task})
-    before = registry.versions(shown.name)
-    told = _wrong_versions(shown, before)
-    for adapter_id in _unlike(shown, before):
-        registry.ensure_version(shown.name, adapter_id, shown.source(adapter_id), shown.tags[adapter_id], run_ids.get(adapter_id))
-    versions, aliases = registry.versions(shown.name), registry.aliases(shown.name)
+    aliases = registry.ensure_model(shown.name, {"lorafleet.tenant": shown.tenant, "lorafleet.task": shown.task})
+    versions = registry.versions(shown.name)
+    told = _wrong_versions(shown, versions)
+    for _ in range(2):  # the second time where a rival has made a twin meanwhile
+        if unlike := _unlike(shown, versions):
+            known = _numbers(versions)
+            for adapter_id in unlike:
+                make = registry.ensure_version if adapter_id in known else registry.add_version
+                make(shown.name, adapter_id, shown.source(adapter_id), shown.tags[adapter_id], run_ids.get(adapter_id))
+            versions = registry.versions(shown.name)
     told += _wrong_aliases(shown, versions, aliases)
     _mend_aliases(registry, shown, versions, aliases)
     return told
