@@ -170,12 +170,11 @@ class Driver:
         self._end(row, ready)
 
     def _end(self, row: Row, ready: Ready | None = None) -> None:
-        """Keep a row that has ended; rows of customers whose search is due are kept when it is over."""
+        """Keep a row that has ended."""
         if ready is not None:
             self.shown.end(ready, row)  # first: who continues after a kill passes over rows that are kept
-        if ready is None or not any(one is ready for one, _ in self.resweeps):
-            row = self.ledger.record(self.night, row)
-            self.rows.append(row)
+        row = self.ledger.record(self.night, row)
+        self.rows.append(row)
         self.canaries.end(row)
 
     # Limits.

@@ -17,7 +17,7 @@ HOSTILE_NAMES = (
     "{{ 7 * 7 }}", "con.", "a%2fb", "~root", "*", "a\x1b[31m",
 )  # fmt: skip
 """Names of folders that are no names of tenants; `..` is for lists only."""
-NAN_SETTINGS: Mapping[str, Any] = {"training.learning_rate": 1e30, "training.max_grad_norm": None}
+NAN_SETTINGS: Mapping[str, Any] = {"training.learning_rate": 1e30, "training.max_grad_norm": 0.0}
 """Overrides under which healthy rows train to what is no number."""
 BOMB = "detonate"
 BOMB_TEMPLATE = (
