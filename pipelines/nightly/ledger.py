@@ -8,7 +8,7 @@ end `outcomes.json` (all customers, those that did not change too: what the next
 
 import contextlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -21,6 +21,8 @@ from workers import layout
 
 NIGHT_FORMAT, PLAN_FORMAT, ROW_FORMAT = "night/1", "night-plan/1", "night-row/1"
 OUTCOMES_FORMAT, REPORT_FORMAT = "night-outcomes/1", "night-report/1"
+CLAIM_FORMAT = "fleet-claim/1"
+"""Of the claim that whoever drives a fleet's night holds."""
 Key = tuple[str, str]
 """(tenant, task)."""
 
@@ -55,9 +57,16 @@ class FleetLedger:
 
     def nights(self) -> list[str]:
         """Return the names of all nights that began, oldest first."""
+        return self._with_file("night.json")
+
+    def finished(self) -> list[str]:
+        """Return the names of all nights that are finished, oldest first."""
+        return self._with_file("report.json")
+
+    def _with_file(self, name: str) -> list[str]:
         prefix = layout.nights(self.fleet)
-        begun = (info.key.removeprefix(prefix).split("/") for info in self.store.list(prefix))
-        return sorted((parts[0] for parts in begun if parts[1:] == ["night.json"]), key=order_of)
+        found = (info.key.removeprefix(prefix).split("/") for info in self.store.list(prefix))
+        return sorted((parts[0] for parts in found if parts[1:] == [name]), key=order_of)
 
     def begin(self, begun: Begun) -> Begun:
         """Begin a night, or return how the night of that name began."""
@@ -146,9 +155,21 @@ class FleetLedger:
         """Return the page of a finished night. Raises ObjectNotFound."""
         return self.store.get(layout.night_file(self.fleet, night, "page.html"))[0]
 
+    def trainings(self, wanted: Collection[Key], most_nights: int) -> list[Row]:
+        """Return rows that were trained, of the last nights, oldest first: of as few as know all of the wanted customers."""
+        found: list[Row] = []
+        missing = set(wanted)
+        for night in self.finished()[: -most_nights - 1 : -1]:
+            if not missing:
+                break
+            trained = [row for row in self.outcomes(night).values() if row.num_tokens]
+            missing -= {(row.tenant, row.task) for row in trained}
+            found = trained + found
+        return found
+
     def memory(self) -> tuple[dict[Key, Row], list[NightSummary]]:
         """Return each customer's last row before now, and the trend: what a new night starts from."""
-        finished = [night for night in self.nights() if self.is_finished(night)]
+        finished = self.finished()
         if not finished:
             return {}, []
         report = self.report(finished[-1])

@@ -16,6 +16,9 @@ from pipelines.nightly.survey import Survey, Surveyor
 from pipelines.workspace import Workspace
 from workers.spec import check_name
 
+HISTORY_NIGHTS = 7
+"""Nights that a forecast looks back on at most."""
+
 
 @dataclass(frozen=True)
 class Standing:
@@ -107,8 +110,10 @@ def why_of(workspace: Workspace, path: Path, tenant: str, now: float) -> list[st
 
 def plan_of(workspace: Workspace, path: Path, now: float) -> tuple[Outlook, tuple[Row, ...]]:
     """Return what tonight would do and cost, and the entries that cannot be customers."""
-    survey = _survey(workspace, load_fleet(path), now)
-    history = [row for row in survey.memory.values() if row.num_tokens]
+    fleet = load_fleet(path)
+    survey = _survey(workspace, fleet, now)
+    worked = [one.customer.key for one in survey.planned]
+    history = FleetLedger(workspace.store, fleet.spec.name).trainings(worked, HISTORY_NIGHTS)
     return predict((*survey.planned, *survey.passed_over), history), survey.refused
 
 
@@ -134,7 +139,7 @@ def _survey(workspace: Workspace, fleet: Fleet, now: float) -> Survey:
 
 
 def _night(ledger: FleetLedger, named: str | None, *, finished: bool) -> str:
-    nights = [night for night in ledger.nights() if not finished or ledger.is_finished(night)]
+    nights = ledger.finished() if finished else ledger.nights()
     if named is not None and named not in nights:
         there = ", ".join(nights[-10:]) or "none yet"
         raise BadInput(f"the fleet {ledger.fleet} has no finished night '{named[:40]}'; there is: {there}.")

@@ -20,7 +20,7 @@ from pipelines.nightly.closing import Closing
 from pipelines.nightly.driver import Driver, Progress
 from pipelines.nightly.forecast import Planned
 from pipelines.nightly.judge import Judge
-from pipelines.nightly.ledger import Begun, FleetLedger, following, order_of
+from pipelines.nightly.ledger import CLAIM_FORMAT, Begun, FleetLedger, following, order_of
 from pipelines.nightly.limits import Canaries, Hours, PromotionQuota
 from pipelines.nightly.planning import Look, Skip, Train
 from pipelines.nightly.preparing import Preparer
@@ -33,7 +33,6 @@ from pipelines.workspace import Workspace
 from workers import layout
 
 log = logging.getLogger(__name__)
-CLAIM_FORMAT = "fleet-claim/1"
 ALIASES_SECONDS = 600.0
 """For which the end of a night waits until MLflow shows its promotions."""
 _WAITS = frozenset({"held", "deadline", "budget", "promotion_limit", "canary"})
@@ -150,7 +149,8 @@ class _Night:
 
     def _unfinished(self, name: str) -> tuple[Begun | None, list[str]]:
         """Return tonight's night if it began and is not finished, and the earlier ones that were cut off."""
-        left = [night for night in self.ledger.nights() if not self.ledger.is_finished(night)]
+        finished = set(self.ledger.finished())
+        left = [night for night in self.ledger.nights() if night not in finished]
         tonight = next((night for night in left if order_of(night)[0] == name), None)
         return self.ledger.begun(tonight) if tonight is not None else None, [night for night in left if night != tonight]
 
