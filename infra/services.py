@@ -13,6 +13,7 @@ from infra.settings import Settings
 from infra.storage import Storage
 
 if TYPE_CHECKING:
+    from infra.mlflow_purge import MlflowPurge
     from infra.mlflow_registry import ModelRegistry
     from infra.mlflow_tracking import MlflowTracker
 
@@ -49,6 +50,12 @@ class Services:
         from infra.mlflow_registry import ModelRegistry
 
         return ModelRegistry(self.settings.tracking_uri)
+
+    def purge(self) -> "MlflowPurge":
+        """Return what takes things out of MLflow for good."""
+        from infra.mlflow_purge import MlflowPurge
+
+        return MlflowPurge(self.settings.tracking_uri)
 
     def launcher(self) -> Launcher:
         """Start a launcher; the caller closes it. Raises ServiceUnavailable if Ray does not answer or start."""

@@ -254,6 +254,8 @@ class Shipper:
         calls: list[_Call] = []
         merging: dict[str, _Call] = {}
         for line in lines:
+            if not line.strip():  # what stood there was taken out (`tracking_purge`)
+                continue
             try:
                 body = json.loads(line)
                 call = _Call(body["event"], body["key"], [body])

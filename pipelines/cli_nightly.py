@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from infra.errors import ServiceUnavailable
 from pipelines.cli_common import (
     JsonOption,
     announced,
@@ -96,13 +97,19 @@ def plan(fleet: FleetFile, as_json: JsonOption = False) -> None:
 def tenant_forget(
     tenant: Annotated[str, typer.Argument(help="The customer.")],
     fix: Annotated[bool, typer.Option("--yes", help="Remove it; without this, what would be removed is listed.")] = False,
+    undo: Annotated[bool, typer.Option("--undo", help="Let it be taken in again; what was removed does not come back.")] = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Remove all that is kept of a tenant, here and in MLflow; a tombstone keeps nights from taking it in again."""
+    """Remove all that is kept of a tenant, here and in MLflow; a tombstone keeps everybody from taking it in again."""
     forgetting = load("pipelines.forget")
-    outcome = forgetting.forget(announced(), tenant, really=fix)
+    if undo:
+        print_text(forgetting.undo(announced(), tenant))
+        return
+    outcome = forgetting.forget(announced() if fix else reading(), tenant, really=fix)
     print_json(outcome.to_json()) if as_json else print_text(outcome.text())
     print_notes(outcome.notes)
+    if fix and not outcome.is_complete:
+        raise typer.Exit(ServiceUnavailable.exit_code)
 
 
 def _run(fleet: Path, retry: list[str] | None, as_json: bool) -> None:

@@ -14,6 +14,7 @@ from workers.adapter_store import store_adapter
 from workers.bases import add_base
 from workers.data.contract import prompt_contract
 from workers.fitting import refuse_unfit
+from workers.forgotten import refuse_forgotten
 from workers.identity import identify
 from workers.manifests import AdapterRef, read_manifest
 
@@ -25,6 +26,7 @@ def import_adapter(workspace: Workspace, folder: Path, base: Path, tenant: str, 
     folder cannot be taken as it is, or does not fit the base.
     """
     refuse_bad_names(tenant, task)
+    refuse_forgotten(workspace.store, tenant)
     adapter = read_adapter_folder(folder)
     identity = identify(base, workspace.services.cache_dir)
     contract = prompt_contract(base)

@@ -19,6 +19,7 @@ from pipelines.workspace import Workspace
 from workers import layout
 from workers.adapter import adapter_id
 from workers.adapter_store import store_adapter
+from workers.forgotten import refuse_forgotten
 from workers.manifests import AdapterRef
 from workers.merge_report import PairReport, compare_all
 from workers.merging import Merged, Parent, Recipe, check_recipe, merge
@@ -166,7 +167,7 @@ def _checked(workspace: Workspace, request: Request) -> Family:
         raise BadInput(f"{len(request.references)} adapter was named, and merging takes two or more.")
     family = Family(workspace, request)
     check_recipe(family.parents, request.recipe)
-    _ = family.tenant
+    refuse_forgotten(workspace.store, family.tenant)
     return family
 
 

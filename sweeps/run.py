@@ -27,6 +27,7 @@ from sweeps.trial import Trial, best_of, count_by_status, pareto_front
 from sweeps.view import SweepView, view_of
 from workers import layout
 from workers.fleet import Fleet
+from workers.forgotten import TenantForgotten, refuse_forgotten
 from workers.job import Job
 from workers.metrics_log import decode_points
 from workers.report import Checkpointed, Evaluated, Finished, HostEvent, PackState, Progress
@@ -93,6 +94,7 @@ def run_sweep(spec: SweepSpec, around: Surroundings) -> SweepResult:
     job = around.resolve(spec.base_job)
     header = pin_sweep(around.store, spec, job, around.clock())
     lease = _claim(around, job.tenant, spec.name)
+    _refuse_forgotten(around.store, job.tenant, spec.name, lease)
     with lease.keep_alive():
         driver = _Driver(spec, around, header, job, lease)
         try:
@@ -127,6 +129,17 @@ def _claim(around: Surroundings, tenant: str, name: str) -> Lease:
             f"Sweep '{name}' is driven by another process; wait for it, end it with 'sweep stop {name}', or, if it was killed, "
             f"try again in {around.lease_seconds:.0f} seconds."
         ) from error
+
+
+def _refuse_forgotten(store: Storage, tenant: str, name: str, lease: Lease) -> None:
+    """Raise BadInput, and leave nothing of the sweep, if its tenant was forgotten since it was resolved."""
+    try:
+        refuse_forgotten(store, tenant)
+    except TenantForgotten:
+        lease.release()
+        store.delete(layout.sweep_spec(tenant, name))
+        store.delete(layout.sweep_claim(tenant, name))
+        raise
 
 
 @dataclass

@@ -164,6 +164,17 @@ class StudyMirror:
         return self._study
 
 
+def forget_studies(url: str, prefix: str) -> str | None:
+    """Delete the mirrored studies whose names begin with `prefix` from a storage; return why that failed, None if it did not."""
+    try:
+        for name in optuna.get_all_study_names(storage=url):
+            if name.startswith(prefix):
+                optuna.delete_study(study_name=name, storage=url)
+    except Exception as error:  # whatever the storage's driver raises
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
 def _with_number(frozen: FrozenTrial, number: int) -> FrozenTrial:
     return optuna.trial.create_trial(
         state=frozen.state,

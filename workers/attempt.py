@@ -20,6 +20,7 @@ from infra.storage import Storage
 from infra.tracking import Point
 from workers import layout
 from workers.checkpoint import Checkpoint, delete_checkpoint, load_checkpoint, save_checkpoint
+from workers.forgotten import forgotten_at
 from workers.job import JOB_FORMAT, Job
 from workers.job_state import FRESH, STATE_FORMAT
 from workers.metrics_log import decode_number, encode_number, encode_points
@@ -51,6 +52,10 @@ class Attempt:
         store.put(layout.job_spec(tenant, base_id, job.job_id), encode_record(JOB_FORMAT, job.to_json()))
         key = layout.job_state(tenant, base_id, job.job_id)
         lease = claim(store, key, STATE_FORMAT, FRESH, owner=owner, lease_seconds=lease_seconds)
+        if (
+            forgotten_at(store, tenant) is not None
+        ):  # only now: who forgets a tenant looks for claims after its tombstone is there
+            return _withdrawn(store, job, lease)
         if _is_final(lease.body):  # the owner that was waited for has finished it
             lease.release()
             return _finished(job.job_id, lease.body, reused=True)
@@ -182,6 +187,15 @@ def recorded_end(store: Storage, job: Job) -> Finished | None:
     if found is None:
         return None
     return _finished(job.job_id, found.body, reused=True) if _is_final(found.body) else None
+
+
+def _withdrawn(store: Storage, job: Job, lease: Lease) -> Finished:
+    """Leave nothing of a job whose tenant was forgotten meanwhile."""
+    place = (job.tenant, job.base.base_id, job.job_id)
+    lease.release()
+    store.delete(layout.job_spec(*place))
+    store.delete(layout.job_state(*place))
+    return Finished(job.job_id, "failed", f"forgotten: the tenant '{job.tenant}' was forgotten")
 
 
 def _is_final(body: Mapping[str, Any]) -> bool:

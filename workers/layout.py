@@ -165,6 +165,10 @@ def head(tenant_: str, task: str) -> str:
     return f"{model(tenant_, task)}HEAD"
 
 
+def fleets() -> str:
+    return "fleets/"
+
+
 def fleet(name: str) -> str:
     return f"fleets/{_name(name)}/"
 

@@ -20,6 +20,7 @@ from workers.data.splits import Splits, load_splits
 from workers.data.store import save_rows
 from workers.data.tokenizer import load_tokenizer
 from workers.engine.head_shapes import BERTS, ENCODERS, POOLER_PARTS, refuse_other_families
+from workers.forgotten import refuse_forgotten
 from workers.identity import BaseIdentity, identify, training_view
 from workers.job import BaseRef, DataRef, Job, pin
 from workers.manifests import AdapterRef, check_base, read_manifest
@@ -78,6 +79,7 @@ class Resolver:
         The checks are those of `resolve`. With `is_rendered` the caller vouches that every row has been rendered by
         `renderer(spec, labels)` and has a target. Raises BadInput, WrongBase or ServiceUnavailable.
         """
+        refuse_forgotten(self.store, spec.tenant)
         base = self._base(spec.base_model)
         _refuse_other_tasks(spec, base.identity)
         self._check_adapter(spec, base)
@@ -151,6 +153,7 @@ class Resolver:
         key = (spec.tenant, spec.data, spec.task_type)
         rendering = (spec.data, spec.task_type, spec.training.max_length)
         if key not in self._data:
+            refuse_forgotten(self.store, spec.tenant)
             splits = load_splits(spec.data, self.folder)
             self._data[key] = self._kept(spec, splits, is_rendered=False)
             self.notes += splits.notes

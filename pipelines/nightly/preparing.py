@@ -25,10 +25,11 @@ from pipelines.nightly.ledger import FleetLedger, Plan
 from pipelines.nightly.planning import UNCHANGED, Look, Skip
 from pipelines.nightly.records import Row
 from pipelines.nightly.state_key import gates_digest, state_key
-from pipelines.nightly.survey import Surveyor, carried
+from pipelines.nightly.survey import Surveyor, carried, forgotten_row
 from workers import layout
 from workers.data.rows import Row as DataRow
 from workers.data.store import load_rows
+from workers.forgotten import TenantForgotten
 from workers.job import JOB_FORMAT, Job
 from workers.manifests import AdapterRef, read_manifest
 from workers.spec import JobSpec
@@ -70,6 +71,8 @@ class Preparer:
         """Return a customer's pinned job, or how its night ends without one. Whatever goes wrong is its row."""
         try:
             return self._ready_as_planned(one) or self._look(one)
+        except TenantForgotten:  # since the night looked at its customers
+            return forgotten_row(one.customer)
         except ServiceUnavailable as error:
             return self._ended(one, "failed", "service", str(error))
         except LorafleetError as error:

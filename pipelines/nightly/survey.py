@@ -75,7 +75,7 @@ class Surveyor:
         customers, refused = customers_of(fleet, open_store, self.workspace.store)
         forgotten = self._forgotten()
         known = [one for one in customers if one.tenant not in forgotten]
-        refused += [_forgotten_row(one) for one in customers if one.tenant in forgotten]
+        refused += [forgotten_row(one) for one in customers if one.tenant in forgotten]
         decided = [
             self._decided(one, memory.get(one.key), signature, now)
             for one, signature in zip(known, signatures_of(known, open_store), strict=True)
@@ -170,12 +170,13 @@ def _failed(customer: Customer, last: Row | None, reason: str, error: LorafleetE
     return replace(carried(customer, last), status="failed", reason=reason, sentence=str(error), ended_at=now)
 
 
-def _forgotten_row(customer: Customer) -> Row:
+def forgotten_row(customer: Customer) -> Row:
+    """Return the row of a customer whose tenant was forgotten: nothing of its past, and nothing of tonight."""
     return Row(
         customer.tenant,
         customer.task,
         "skipped",
         "forgotten",
         "This tenant was forgotten: nothing of it is read or kept.",
-        "Leave it out of the fleet's file, or remove its tombstone to take it in again.",
+        f"Leave it out of the fleet's file; or, to take it in again: lorafleet tenant forget {customer.tenant} --undo.",
     )
