@@ -98,10 +98,14 @@ class _Queued:
     job: Job
     alone: bool = False
     overtaken: int = 0
+    residency: Residency = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.residency = residency_of(self.job)
 
     @property
     def waiting(self) -> Waiting:
-        return Waiting(residency_of(self.job), self.job.spec.resources.priority, self.alone, self.overtaken)
+        return Waiting(self.residency, self.job.spec.resources.priority, self.alone, self.overtaken)
 
 
 @dataclass
@@ -123,7 +127,7 @@ class _Host:
 
     def give(self, queued: _Queued) -> None:
         self.jobs[queued.job.job_id] = queued.job
-        self.residency, self.is_private = residency_of(queued.job), queued.alone
+        self.residency, self.is_private = queued.residency, queued.alone
         self.asked.discard(queued.job.job_id)
         self.handle.channel.send(Admit(queued.job))
 
@@ -178,6 +182,8 @@ class HostFleet:
         self._max_tokens: int | None = None
         self._hosts: list[_Host] = []
         self._queue: list[_Queued] = []
+        self._all_wait = False
+        """Whether nobody in the queue found a host, and nothing has changed since: most looks at the hosts bring nothing new."""
         self._told: deque[HostEvent] = deque()
         self._losses = _Losses()
         self._numbers = itertools.count(1)
@@ -225,6 +231,7 @@ class HostFleet:
             host.handle.channel.send(Evict(job_id, "cancelled"))
             return
         waiting = [queued for queued in self._queue if queued.job.job_id == job_id]
+        self._all_wait = False  # it may have been the one that a host was kept free for
         self._queue = [queued for queued in self._queue if queued.job.job_id != job_id]
         self._told += [Finished(queued.job.job_id, "cancelled") for queued in waiting]
 
@@ -282,6 +289,7 @@ class HostFleet:
                 self._take(host, event)
             if gone is not None:
                 self._hosts.remove(host)
+                self._all_wait = False
                 self._lose(host, gone)
 
     def _take(self, host: _Host, event: HostEvent) -> None:
@@ -294,6 +302,7 @@ class HostFleet:
                 host.asked.add(event.job_id)
             case Finished() if event.job_id in host.jobs:
                 job = host.jobs.pop(event.job_id)
+                self._all_wait = False
                 host.asked.discard(event.job_id)
                 if event.status == "failed" and self._is_tried_again(host, job, event.reason):
                     return
@@ -330,15 +339,18 @@ class HostFleet:
 
     def _enqueue(self, job: Job) -> None:
         self._queue.append(_Queued(job, self._losses.must_be_alone(job.job_id)))
+        self._all_wait = False
 
     def _place(self) -> None:
         """Give queued jobs to hosts, and launch hosts in place of lost ones where there are jobs for them."""
-        if self._queue:
-            self._launch_missing()
+        if not self._queue or self._all_wait:
+            return
+        self._launch_missing()
         while self._queue:
             live = [host for host in self._hosts if host.handle.poll() is None]
             placement = next_placement([queued.waiting for queued in self._queue], [host.load for host in live], self._slots)
             if placement is None:
+                self._all_wait = True
                 return
             placed = self._queue.pop(placement.job)
             for earlier in self._queue[: placement.job]:

@@ -6,7 +6,7 @@ customers. Whatever goes wrong with a customer ends its own row and nothing else
 
 import logging
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -72,6 +72,8 @@ class Driver:
     _training: dict[str, list[Ready]] = field(default_factory=dict)
     """By job_id: two tasks of a tenant may ask for the same job."""
     _judging: dict[Key, tuple[Ready, Row]] = field(default_factory=dict)
+    _counts: Counter[str] = field(default_factory=Counter)
+    """Rows by status."""
     _num_planned: int = 0
     _num_tokens: int = 0
     _started: float = field(default_factory=time.monotonic)
@@ -175,6 +177,7 @@ class Driver:
             self.shown.end(ready, row)  # first: who continues after a kill passes over rows that are kept
         row = self.ledger.record(self.night, row)
         self.rows.append(row)
+        self._counts[row.status] += 1
         self.canaries.end(row)
 
     # Limits.
@@ -246,11 +249,8 @@ class Driver:
             )
 
     def _tell(self) -> None:
-        counts: dict[str, int] = {}
-        for row in self.rows:
-            counts[row.status] = counts.get(row.status, 0) + 1
         training = sum(map(len, self._training.values()))
-        self.on_progress(Progress(self._num_planned, len(self.rows), training, len(self._judging), counts))
+        self.on_progress(Progress(self._num_planned, len(self.rows), training, len(self._judging), dict(self._counts)))
 
 
 _REMARKS = {
