@@ -205,10 +205,10 @@ class Memory:
             self.spent[role, one.pid] = times.user + times.system
 
     def cpu_seconds(self) -> dict[str, float]:
-        """Return processor seconds by role."""
+        """Return processor seconds by role, of each task apart: hosts first, the scorer last."""
         total: dict[str, float] = defaultdict(float)
-        for (role, _), seconds in self.spent.items():
-            total[role] += seconds
+        for (role, pid), seconds in self.spent.items():
+            total[f"{role} {pid}" if role == "task" else role] += seconds
         return dict(total)
 
     def growth(self, since: float, until: float) -> dict[str, dict[str, float]]:
