@@ -50,7 +50,7 @@ class Aliases:
         self._thread.join(timeout_seconds)
         if self._thread.is_alive() or self._failed:
             why = next(iter(self._failed.values()), "it did not answer in time")
-            return f"MLflow does not show all of it yet ({why.rstrip('.')}); 'lorafleet reconcile' will."
+            return f"MLflow does not show all of it yet ({why.rstrip('.')}); 'lorafleet reconcile --fix' will."
         return None
 
     def _run(self) -> None:

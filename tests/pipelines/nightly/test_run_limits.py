@@ -204,7 +204,7 @@ def test_promotions_stand_while_mlflows_registry_is_away_and_reconcile_shows_the
     assert night.outcome.exit_code == 0
     assert night.outcome.report is not None
     [remark] = night.outcome.report.remarks
-    assert "'lorafleet reconcile' will" in remark
+    assert "'lorafleet reconcile --fix' will" in remark
     with database:
         database.execute(f"ALTER TABLE {hidden} RENAME TO {table}")
     database.close()
