@@ -186,7 +186,8 @@ class Memory:
     driver: psutil.Process
     samples: dict[str, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
     """(seconds since the epoch, bytes) by who it is."""
-    spent: dict[tuple[str, int], float] = field(default_factory=dict)
+    spent: dict[int, tuple[str, float]] = field(default_factory=dict)
+    """Who it is and its processor seconds, by process."""
 
     def look(self) -> None:
         """Take a sample."""
@@ -197,18 +198,19 @@ class Memory:
             return
         for one in every:
             try:
-                role = "driver" if one.pid == self.driver.pid else role_of(one)
-                times = one.cpu_times()
-                self.samples[f"{role} {one.pid}" if role == "task" else role].append((now, one.memory_info().rss))
+                who = "driver" if one.pid == self.driver.pid else role_of(one)
+                times, size = one.cpu_times(), one.memory_info().rss
             except (psutil.NoSuchProcess, psutil.ZombieProcess):
                 continue
-            self.spent[role, one.pid] = times.user + times.system
+            if who is not None:
+                self.samples[who].append((now, size))
+                self.spent[one.pid] = who, times.user + times.system
 
     def cpu_seconds(self) -> dict[str, float]:
         """Return processor seconds by role, of each task apart: hosts first, the scorer last."""
         total: dict[str, float] = defaultdict(float)
-        for (role, pid), seconds in self.spent.items():
-            total[f"{role} {pid}" if role == "task" else role] += seconds
+        for who, seconds in self.spent.values():
+            total[who] += seconds
         return dict(total)
 
     def growth(self, since: float, until: float) -> dict[str, dict[str, float]]:
@@ -227,12 +229,15 @@ class Memory:
         return found
 
 
-def role_of(process: psutil.Process) -> str:
-    """Tell tasks that lorafleet launched (hosts and the scorer), Ray's own processes, and others."""
+def role_of(process: psutil.Process) -> str | None:
+    """Tell tasks that lorafleet launched (hosts and the scorer, each by itself), Ray's own processes, and others.
+
+    None: it is about to end, and its memory is gone.
+    """
     words = " ".join(process.cmdline())
     if "Runner" in words:
-        return "task"
-    return "ray" if "ray" in words else "other"
+        return f"task {process.pid}"
+    return ("ray" if "ray" in words else "other") if words else None
 
 
 # The peer.
