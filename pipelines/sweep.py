@@ -82,7 +82,7 @@ def run_spec(workspace: Workspace, spec: SweepSpec, on_change: Callable[[SweepVi
         resolver = workspace.resolver(Path.cwd())
         resolved = resolver.resolve(job)
         base_id = resolved.base.base_id
-        _check_measured(spec, resolved)
+        check_measured(spec, resolved)
         _check_register(spec)
         with _tracking(workspace, job.tenant, spec.name) as tracking:
             fleet: Fleet = LazyFleet(start) if is_over else start()
@@ -145,7 +145,7 @@ def _report(workspace: Workspace, result: SweepResult, tracking: Tracking) -> Pa
     return path
 
 
-def _check_measured(spec: SweepSpec, job: Job) -> None:
+def check_measured(spec: SweepSpec, job: Job) -> None:
     """Raise BadInput if no trial could measure the objective: every one would train to its end first."""
     measured = metrics_of(spec.base_job)
     for objective in spec.objectives:

@@ -66,6 +66,8 @@ class Customer:
     resweep: Resweep | None
     signature: Signature | None
     """Where discovery has told it already."""
+    template: str | None = None
+    """Digest of the settings that a found recipe (`nightly.found`) stands in place of; None: it trains as the fleet says."""
 
     @property
     def key(self) -> Key:

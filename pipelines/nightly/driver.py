@@ -84,7 +84,7 @@ class Driver:
         try:
             with ThreadPoolExecutor(1, "prepare") as pool:
                 while self._todo or self._preparing or self._training or self._judging:
-                    self._check_claim()
+                    self.check_claim()
                     if self._must_stop():
                         self._stop()
                         break
@@ -172,13 +172,15 @@ class Driver:
         self._end(row, ready)
 
     def _end(self, row: Row, ready: Ready | None = None) -> None:
-        """Keep a row that has ended."""
+        """Keep a row that has ended; one whose search is due is kept when that is over (`resweeping`)."""
         if ready is not None:
             self.shown.end(ready, row)  # first: who continues after a kill passes over rows that are kept
+        self.canaries.end(row)
+        if any(one is ready for one, _ in self.resweeps):
+            return
         row = self.ledger.record(self.night, row)
         self.rows.append(row)
         self._counts[row.status] += 1
-        self.canaries.end(row)
 
     # Limits.
 
@@ -241,7 +243,8 @@ class Driver:
     def _held_hours(self) -> float:
         return self.fleet.num_hosts * (time.monotonic() - self._started) / 3600
 
-    def _check_claim(self) -> None:
+    def check_claim(self) -> None:
+        """Raise ClaimLost if another process took the night over."""
         if self.lease.is_lost:
             raise ClaimLost(
                 f"The night {self.night} of {self.ledger.fleet} was taken over by another process, since this one had not been "

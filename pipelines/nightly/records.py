@@ -114,6 +114,8 @@ class Row:
     gates_digest: str | None = None
 
     def to_json(self) -> dict[str, Any]:
+    recipe: Mapping[str, Any] | None = None
+    """What a search of a night found and later nights train with (`nightly.found`); None: they train as the fleet says."""
         """Return plain JSON data."""
         return asdict(self) | {"signature": self.signature and self.signature.to_json()}
 

@@ -25,6 +25,7 @@ from pipelines.nightly.limits import Canaries, Hours, PromotionQuota
 from pipelines.nightly.planning import Look, Skip, Train
 from pipelines.nightly.preparing import Preparer
 from pipelines.nightly.records import NightReport, Row
+from pipelines.nightly.resweeping import Resweeper
 from pipelines.nightly.settling import Settler, held_rows
 from pipelines.nightly.shown import Aliases, Shown
 from pipelines.nightly.spec import Fleet, load_fleet
@@ -197,7 +198,7 @@ class _Night:
         try:
             if todo:
                 driver = self._driven(begun, survey, todo, before, shown)
-                rows, remarks = [*rows, *driver.rows], driver.remarks
+                rows, remarks = [*rows, *driver.rows, *Resweeper(self.workspace, driver).run()], driver.remarks
         except BaseException:
             shown.wait(0.0)
             if not self.lease.is_lost:

@@ -159,8 +159,9 @@ class Shown:
         self.log.run(RunStart(self.parent, self.fleet, f"night-{self.night}", tags={"lorafleet.fleet": self.fleet}))
 
     def _run_of(self, customer: Model, tags: Mapping[str, str], params: Mapping[str, str]) -> None:
-        name, fleet = f"{'.'.join(customer)}-{self.night}", {"lorafleet.fleet": self.fleet}
-        self.log.run(RunStart(self._key(customer), self.fleet, name, self.parent, tags={**tags, **fleet}, params=params))
+        name = f"{'.'.join(customer)}-{self.night}"
+        own = {"lorafleet.fleet": self.fleet, "lorafleet.tenant": customer[0]}
+        self.log.run(RunStart(self._key(customer), self.fleet, name, self.parent, tags={**tags, **own}, params=params))
 
     def _pages(self, page: Path) -> None:
         for path in (page, page.with_suffix(".json")):

@@ -14,6 +14,7 @@ from infra.stores import open_store
 from pipelines.gates import Gates, find_gates, parse_gates
 from pipelines.nightly.customers import Customer, customers_of, signatures_of
 from pipelines.nightly.forecast import Planned
+from pipelines.nightly.found import taken_up
 from pipelines.nightly.ledger import FleetLedger, Key
 from pipelines.nightly.planning import Skip, decide, place_in_line
 from pipelines.nightly.records import NightSummary, Row, Signature
@@ -129,6 +130,7 @@ class Surveyor:
             base_id = self.base_id(customer.job)
         except LorafleetError as error:
             return _failed(customer, last, "bad_base", error, now)
+        customer, last = taken_up(customer, last, base_id)
         gates = gates_digest(self.gates(customer))
         return Planned(customer, decide(customer, last, seen, now, base_id, self.recipe(customer.job), gates), last, seen)
 
@@ -143,7 +145,7 @@ def carried(customer: Customer, last: Row | None) -> Row:
     if last is None:
         return fresh
     kept = ("train_digest", "holdout_digest", "data_digest", "recipe_digest", "gates_digest", "num_rows", "care", "base_id",
-            "champion_id", "generation", "trained_at", "num_rejections", "state_key")  # fmt: skip
+            "champion_id", "num_withdrawn", "generation", "trained_at", "num_rejections", "state_key", "recipe")  # fmt: skip
     return replace(fresh, **{name: getattr(last, name) for name in kept})
 
 
