@@ -7,10 +7,10 @@ generation which may lag behind; `candidates/<adapter_id>.json`, the adapters of
 
 import secrets
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from infra.crashpoints import crashpoint
 from infra.errors import BadInput, ConditionFailed, ObjectNotFound, WorkFailed
@@ -22,8 +22,9 @@ JOURNAL_FORMAT = "journal/1"
 HEAD_FORMAT = "head/1"
 CANDIDATE_FORMAT = "candidate/1"
 NUM_READERS = 16
-"""Entries read at the same time: a store that is far away answers each in tens of milliseconds."""
+"""Objects read at the same time: a store that is far away answers each in tens of milliseconds."""
 
+Found = TypeVar("Found")
 Kind = Literal["promote", "rollback", "freeze", "unfreeze"]
 
 
@@ -105,10 +106,7 @@ def read_hint(store: Storage, tenant: str, task: str) -> int | None:
 
 def history(store: Storage, tenant: str, task: str) -> list[Entry]:
     """Return all entries, oldest first. Raises BadInput if one is damaged."""
-    keys = [info.key for info in store.list(_journal_prefix(tenant, task))]
-    with ThreadPoolExecutor(min(NUM_READERS, len(keys)) or 1) as readers:
-        entries = list(readers.map(lambda key: _decoded(store.get(key)[0], key), keys))
-    return sorted(entries, key=lambda entry: entry.generation)
+    return sorted(_all_below(store, _journal_prefix(tenant, task), _decoded), key=lambda entry: entry.generation)
 
 
 def commit(store: Storage, tenant: str, task: str, change: Change, expected_generation: int) -> Entry:
@@ -155,15 +153,14 @@ def register_candidate(store: Storage, tenant: str, task: str, candidate: Candid
     try:
         store.put_if_absent(key, encode_record(CANDIDATE_FORMAT, asdict(candidate)))
     except ConditionFailed:
-        return Candidate(**decode_record(store.get(key)[0], CANDIDATE_FORMAT, key))
+        return _candidate(store.get(key)[0], key)
     crashpoint("candidate-written", f"{tenant}.{task}")
     return candidate
 
 
 def candidates(store: Storage, tenant: str, task: str) -> list[Candidate]:
     """Return the adapters offered to a task, in the order they were."""
-    prefix = f"{layout.model(tenant, task)}candidates/"
-    found = [Candidate(**decode_record(store.get(info.key)[0], CANDIDATE_FORMAT, info.key)) for info in store.list(prefix)]
+    found = _all_below(store, f"{layout.model(tenant, task)}candidates/", _candidate)
     return sorted(found, key=lambda candidate: (candidate.registered, candidate.adapter_id))
 
 
@@ -197,6 +194,19 @@ def previous_champion(entries: Sequence[Entry]) -> str | None:
     """Return the adapter that was champion before the present one took over, None if there was none."""
     champion = entries[-1].adapter_id if entries else None
     return next((entry.adapter_id for entry in reversed(entries) if entry.adapter_id != champion), None)
+
+
+def _all_below(store: Storage, prefix: str, decoded: Callable[[bytes, str], Found]) -> list[Found]:
+    """Read all objects below a prefix; a model that is trained every night has hundreds."""
+    keys = [info.key for info in store.list(prefix)]
+    if len(keys) < 2:  # for which threads are not worth their start
+        return [decoded(store.get(key)[0], key) for key in keys]
+    with ThreadPoolExecutor(min(NUM_READERS, len(keys))) as readers:
+        return list(readers.map(lambda key: decoded(store.get(key)[0], key), keys))
+
+
+def _candidate(data: bytes, key: str) -> Candidate:
+    return Candidate(**decode_record(data, CANDIDATE_FORMAT, key))
 
 
 def _journal_prefix(tenant: str, task: str) -> str:
