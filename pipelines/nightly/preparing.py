@@ -149,7 +149,10 @@ class Preparer:
         return all(getattr(row, name) == getattr(last, name) for name in same)
 
     def _planned(self, one: Planned, cared: Cared, row: Row, head: Entry | None) -> Ready:
-        spec = self._started_from(one.customer, cared, head)
+        ref = None if head is None else AdapterRef(one.customer.tenant, head.base_id, head.adapter_id)
+        trained = None if ref is None else self._training_of(ref)
+        num_withdrawn = self._num_withdrawn(one.customer, trained, cared)
+        spec = self._started_from(one.customer, ref, trained, num_withdrawn, cared)
         try:
             job = self.surveyor.resolver.resolve_rows(spec, cared.splits, is_rendered=True)
         except (WrongBase, BadInput):
@@ -157,7 +160,7 @@ class Preparer:
                 raise
             job = self.surveyor.resolver.resolve_rows(one.customer.job, cared.splits, is_rendered=True)
         digest = None if job.test is None else job.test.digest
-        row = replace(row, holdout_digest=digest, job_id=job.job_id)
+        row = replace(row, holdout_digest=digest, job_id=job.job_id, num_withdrawn=num_withdrawn or 0)
         self.ledger.keep_plan(self.night, Plan(str(row.state_key), job.to_json(), row))
         return self._ready(one, job, row)
 
@@ -166,21 +169,30 @@ class Preparer:
         resweep = not isinstance(decision, Skip) and decision.resweep
         return Ready(one.customer, job, row, self.surveyor.gates(one.customer), resweep)
 
-    def _started_from(self, customer: Customer, cared: Cared, head: Entry | None) -> JobSpec:
-        """Return the job with the champion as its start, where training may continue from it."""
+    def _started_from(
+        self, customer: Customer, champion: AdapterRef | None, trained: Job | None, num_withdrawn: int | None, cared: Cared
+    ) -> JobSpec:
+        """Return the job with the champion as its start, where training may continue from it.
+
+        Not if rows that it was trained on were withdrawn, or if that is not known: it would keep what was taken back.
+        """
         spec = customer.job
-        if customer.warm_start != "champion" or head is None or head.base_id != self.surveyor.base_id(spec):
+        if customer.warm_start != "champion" or champion is None or trained is None:
             return spec
-        trained = self._training_of(AdapterRef(customer.tenant, head.base_id, head.adapter_id))
-        if trained is None or not _is_alike(trained.spec, spec) or trained.labels != cared.labels:
+        if champion.base_id != self.surveyor.base_id(spec):
             return spec
+        if num_withdrawn != 0 or not _is_alike(trained.spec, spec) or trained.labels != cared.labels:
+            return spec
+        return spec.model_copy(update={"peft": spec.peft.model_copy(update={"init_adapter": champion.adapter_id})})
+
+    def _num_withdrawn(self, customer: Customer, trained: Job | None, cared: Cared) -> int | None:
+        """Count the rows that the champion was trained on and that are not trained on any more; None if it is not known."""
+        if trained is None:
+            return None
         try:
-            rows = load_rows(self.store, customer.tenant, trained.train.digest)
+            return cared.num_gone(load_rows(self.store, customer.tenant, trained.train.digest))
         except (ObjectNotFound, WorkFailed):
-            return spec  # what it has seen is not known, so it may know what was deleted
-        if cared.num_gone(rows):
-            return spec
-        return spec.model_copy(update={"peft": spec.peft.model_copy(update={"init_adapter": head.adapter_id})})
+            return None
 
     def _training_of(self, ref: AdapterRef) -> Job | None:
         """Return the job an adapter came from; None if it was imported, merged, or its job is gone."""

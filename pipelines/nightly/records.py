@@ -83,6 +83,8 @@ class Row:
     """Training rows."""
     care: Care = field(default_factory=Care)
     base_id: str | None = None
+    num_withdrawn: int = 0
+    """Rows that the champion was trained on and that the customer has taken back since, or written anew."""
     job_id: str | None = None
     adapter_id: str | None = None
     """The challenger, once trained."""
@@ -112,10 +114,12 @@ class Row:
     """Of all good rows; with the two below and `base_id`, what `state_key` was made of."""
     recipe_digest: str | None = None
     gates_digest: str | None = None
-
-    def to_json(self) -> dict[str, Any]:
+    sweep: str | None = None
+    """The search that was run for it this night, "tenant/name"; None if none was."""
     recipe: Mapping[str, Any] | None = None
     """What a search of a night found and later nights train with (`nightly.found`); None: they train as the fleet says."""
+
+    def to_json(self) -> dict[str, Any]:
         """Return plain JSON data."""
         return asdict(self) | {"signature": self.signature and self.signature.to_json()}
 

@@ -257,7 +257,7 @@ class _Night:
             ended=self.now(),
             is_finished=is_finished,
             rows=ordered,
-            remarks=tuple(remarks),
+            remarks=(*remarks, *_withdrawn(ordered)),
             trend=tuple(trend),  # type: ignore[arg-type]
         )
 
@@ -269,6 +269,15 @@ def _is_stopped(row: Row) -> bool:
 def _is_news(one: Planned) -> bool:
     """Tell whether something happened since a night that is finished: what that night held back waits for the next date."""
     return not isinstance(one.decision, Skip) and one.decision.because not in _WAITS
+
+
+def _withdrawn(rows: Sequence[Row]) -> list[str]:
+    """Say whose champion knows rows that were taken back, and stays because the gates refused the adapter without them."""
+    served = [f"{row.tenant}.{row.task}" for row in rows if row.status == "rejected" and row.num_withdrawn]
+    if not served:
+        return []
+    named = ", ".join(served[:5]) + (f" and {len(served) - 5} more" if len(served) > 5 else "")
+    return [f"Champions of {named} were trained on rows that were withdrawn since; the gates refused the adapters without them."]
 
 
 def retried(survey: Survey, tenants: Sequence[str]) -> Survey:

@@ -114,6 +114,7 @@ class Settler:
             champion_id=outcome.entry.adapter_id,
             generation=outcome.entry.generation,
             num_rejections=0,
+            num_withdrawn=0,
         )
 
     def _champion_already(self, row: Row, judged: Judged) -> Row:
@@ -174,8 +175,19 @@ def _rejected(row: Row, judged: Judged, sentence: str) -> Row:
         status="rejected",
         reason=str(first).split(" ")[0],
         sentence=failed or sentence,
+        next_step=_step_after_withdrawal(row),
         verdicts=verdicts,
         num_rejections=row.num_rejections + 1,
+    )
+
+
+def _step_after_withdrawal(row: Row) -> str:
+    """Say what to do where the champion that stays knows rows that were taken back: the gates know nothing of that."""
+    if not row.num_withdrawn or row.adapter_id is None:
+        return ""
+    return (
+        f"The champion was trained on {row.num_withdrawn} rows that were withdrawn since. To serve without them: "
+        f"lorafleet promote {row.adapter_id} --force --reason 'rows were withdrawn'."
     )
 
 

@@ -74,6 +74,8 @@ def test_deleted_row_is_nowhere_in_the_new_adapters_data_and_training_does_not_s
     town.send("acme", rows)
     night = town.night()
     assert night["acme"].care.num_deleted == 1
+    assert night["acme"].num_withdrawn == (1 if night["acme"].status == "rejected" else 0)
+    assert ("--force" in night["acme"].next_step) == (night["acme"].status == "rejected")
     assert night["acme"].adapter_id not in (None, town.journal("acme")[0].adapter_id)
     job = town.job("acme", night.name)
     assert job.init_adapter_id is None
