@@ -114,7 +114,7 @@ def _decide_unmoved(customer: Customer, last: Row, now: float, resweep: bool) ->
         return Look("held", f"Its rows are read again: it is held ({last.reason}), and the limits may have changed.", resweep)
     if last.reason == TOO_FEW:
         return _decide_on_new_rows(customer, last, now, resweep)
-    if resweep and last.status == "rejected":
+    if resweep and last.status == "rejected" and last.sweep is None:  # a second search of this state would find the same
         return Train("resweep", f"It is searched anew: {last.num_rejections} challengers in a row were rejected.", True)
     if last.status == "failed" or last.reason == FAILED_BEFORE:
         return Skip(_skipped(customer, last, now, FAILED_BEFORE, _failed_sentence(customer, last)))

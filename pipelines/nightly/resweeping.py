@@ -173,7 +173,7 @@ class Resweeper:
             f"{row.num_rejections} challengers in a row were rejected, so a search of {result.num_trials} trials was run "
             f"({result.tenant}/{result.name}: {counts}). {settled.sentence}"
         )
-        settled = replace(settled, sentence=said)
+        settled = replace(settled, sentence=said, sweep=f"{result.tenant}/{result.name}")
         if settled.status == "promoted":
             return _with_recipe(self.workspace.store, ready, settled, f"{result.tenant}/{result.name}")
         return self._due_again(ready, settled) if settled.status in ("held", "failed") else settled
