@@ -29,9 +29,9 @@ LEASE_SECONDS = 15.0
 class Finding:
     """Something that is not as the store says, or that the store itself has wrong."""
 
-    kind: Literal["journal", "head", "adapter", "registry", "sweep", "job", "record"]
+    kind: Literal["journal", "head", "adapter", "registry", "sweep", "night", "job", "record"]
     subject: str
-    """The registered model ("acme.support"), the sweep ("acme/first"), the job or adapter ("acme/<id>"), or a key."""
+    """The registered model ("acme.support"), sweep ("acme/first"), night ("prod/2026-11-23"), job or adapter ("acme/<id>"); or a key."""
     sentence: str
     fixed: bool
 

@@ -20,6 +20,7 @@ from infra.tracking_log import Shipper, TrackingLog
 from pipelines.gc import GRACE_SECONDS
 from pipelines.journal import Entry, history, models, read_hint, write_hint
 from pipelines.leftovers import Finding, check_job_runs, check_jobs, check_leftovers, let_go
+from pipelines.nightly.leftovers import check_night_runs
 from pipelines.projection import differences, project
 from pipelines.reachable import local_time, store_time, take_survey
 from sweeps.ledger import CLAIM_FORMAT, Header, read_header, read_trials
@@ -54,6 +55,7 @@ def reconcile(
     found += check_job_runs(store, tracker, surveyed, open_runs, now, fix)
     for tenant, name in surveyed.sweeps:
         found += _check_sweep(store, tracker, tenant, name, open_runs, fix)
+    found += check_night_runs(store, tracker, open_runs, fix)
     champions = " ".join(finding.sentence for finding in found if finding.kind == "adapter")
     left = check_leftovers(store, surveyed, grace_seconds, now, fix)
     return found + [one for one in left if one.kind != "adapter" or one.subject.rpartition("/")[2] not in champions]
