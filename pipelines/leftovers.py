@@ -31,7 +31,7 @@ class Finding:
 
     kind: Literal["journal", "head", "adapter", "registry", "sweep", "night", "job", "record"]
     subject: str
-    """The registered model ("acme.support"), sweep ("acme/first"), night ("prod/2026-11-23"), job or adapter ("acme/<id>"); or a key."""
+    """Registered model (acme.support), sweep (acme/first), night (prod/2026-11-23), job or adapter (acme/<id>); or a key."""
     sentence: str
     fixed: bool
 

@@ -17,7 +17,7 @@ _Night = tuple[str, str]
 def check_night_runs(store: Storage, tracker: Tracker, open_runs: Mapping[str, str], fix: bool) -> Iterator[Finding]:
     """Runs of nights that are over, or that nobody drives, and which the tracker shows as going on.
 
-    Mended, those of a night that is over have ended as it did; those of one that was killed wait for the command that finishes it.
+    Mended, those of a night that is over have ended as it did; those of one that was killed wait for the same command.
     """
     for (fleet, night), keys in _by_night(open_runs).items():
         ledger = FleetLedger(store, fleet)
