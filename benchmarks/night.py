@@ -253,16 +253,18 @@ def run_peer(ground: Ground, number: int) -> dict[str, Any]:
     start = ground.folder / "start.safetensors"
     write_start(ground.base, start)
     folders = [write_peer(ground, store, row, start) for row in chosen]
-    started = time.time()
+    started, before = time.time(), os.times()
     with ThreadPoolExecutor(PEERS_AT_A_TIME) as pool:
         results = list(pool.map(train_one, folders))
-    seconds = time.time() - started
+    seconds, after = time.time() - started, os.times()
+    cpu_seconds = after.children_user + after.children_system - before.children_user - before.children_system
     differences = [abs(result["loss"] - (row.challenger or 0.0)) for result, row in zip(results, chosen, strict=True)]
     assert [result["num_steps"] for result in results] == [row.num_steps for row in chosen], "the steps differ"
     return {
         "customers": len(chosen),
         "seconds": seconds,
         "customers_per_hour": 3600 * len(chosen) / seconds,
+        "cpu_ms_per_customer": 1000 * cpu_seconds / len(chosen),
         "seconds_of_a_customer": {
             "process": PEERS_AT_A_TIME * seconds / len(chosen),
             "training": statistics.mean(result["trained"] - result["loaded"] for result in results),
@@ -345,7 +347,8 @@ def peer_lines(result: dict[str, Any]) -> list[str]:
     each = peer["seconds_of_a_customer"]
     return [
         f"Trainer + PEFT {peer['customers_per_hour']:.0f} customers per hour ({peer['customers']} in {peer['seconds']:.1f} s)",
-        f"  a process takes {each['process']:.1f} s, of which training {each['training']:.1f}",
+        f"  a process takes {each['process']:.1f} s, of which training {each['training']:.1f}; processor ms per customer: "
+        f"{peer['cpu_ms_per_customer']:.0f}",
         f"ratio {result['ratio_customers_per_hour']:.1f}; largest difference of a loss {peer['largest_loss_difference']:.1e} "
         f"(allowed {MAX_LOSS_DIFFERENCE})",
     ]
