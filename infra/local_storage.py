@@ -96,11 +96,11 @@ class LocalStorage:
         """Remove an object; nothing happens if there is none. Folders that are empty then go too."""
         path = self._path(key)
         with self._translated(key), self._locked(key):
+            self._notes_path(key).unlink(missing_ok=True)  # first: a kill in between leaves what a listing shows
             if _stat(path) is not None:
                 path.unlink()
                 with contextlib.suppress(FileNotFoundError):  # somebody deleted the last neighbour, and the folder with it
                     _sync_folder(path.parent)
-            self._notes_path(key).unlink(missing_ok=True)
             _remove_empty_folders(path.parent, self.root)
             _remove_empty_folders(self._notes_path(key).parent, self.root / HIDDEN)
 

@@ -73,13 +73,12 @@ class MlflowPurge:
 
     def remove(self, held: Held) -> str | None:
         """Remove what is held; return a sentence on what remains, and how it goes, None if nothing does."""
-        with self._mlflow.client() as client:
-            for name in held.models:
-                _unless_gone(partial(client.delete_registered_model, name))
-            for run_id in held.runs:
-                _unless_gone(partial(self._delete_run, run_id))
-            for id_ in held.experiments:
-                _unless_gone(partial(self._set_aside, id_))
+        for name in held.models:
+            _unless_gone(partial(self._delete_model, name))
+        for run_id in held.runs:
+            _unless_gone(partial(self._delete_run, run_id))
+        for id_ in held.experiments:
+            _unless_gone(partial(self._set_aside, id_))
         if self._mlflow.database is not None:
             return self._purge(held, self._mlflow.database)
         if not (held.runs or held.experiments):
@@ -124,6 +123,10 @@ class MlflowPurge:
         known = set(runs)
         return all(run.info.run_id in known for run in self._runs([experiment], ""))
 
+    def _delete_model(self, name: str) -> None:
+        with self._mlflow.client() as client:
+            client.delete_registered_model(name)
+
     def _delete_run(self, run_id: str) -> None:
         with self._mlflow.client() as client:
             if client.get_run(run_id).info.lifecycle_stage == "active":
@@ -149,10 +152,10 @@ class MlflowPurge:
         return _compacted(database)
 
     def _purge_run(self, run_id: str, store: Any) -> None:
-        """Remove a run's files, then the run. Its folder holds `artifacts/`, and nothing else."""
+        """Remove a run's files, then the run."""
         with self._mlflow.client() as client:
             location = _folder_of(client.get_run(run_id).info.artifact_uri)
-            _remove(location and location.parent)
+            _remove(location.parent if location is not None and location.parent.name == run_id else location)
             store._hard_delete_run(run_id)
 
     def _purge_experiment(self, experiment: str, store: Any) -> None:
