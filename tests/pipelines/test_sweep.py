@@ -8,7 +8,7 @@ import pytest
 from infra.errors import BadInput
 from infra.local_storage import LocalStorage
 from pipelines.journal import Candidate, register_candidate
-from pipelines.sweep import _check_measured, reference_to
+from pipelines.sweep import check_measured, reference_to
 from sweeps.spec import SweepSpec
 from tests.workers.test_attempt import SPEC, a_job
 
@@ -17,7 +17,7 @@ def test_a_sweep_that_could_measure_nothing_is_refused() -> None:
     space = {"peft.r": {"type": "categorical", "choices": [2, 4]}}
     spec = SweepSpec.model_validate({"name": "blind", "job": SPEC.model_dump(mode="json"), "num_trials": 2, "space": space})
     with pytest.raises(BadInput, match=r"data\.validation"):
-        _check_measured(spec, a_job())
+        check_measured(spec, a_job())
 
 
 def test_a_best_whose_alias_a_later_sweep_has_taken_is_named_by_its_id(tmp_path: Path) -> None:
