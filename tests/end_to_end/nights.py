@@ -24,21 +24,22 @@ NIGHT = ("nightly", "run", "fleet.yaml")
 class NightGround(Ground):
     """Where a fleet's nights are driven."""
 
-    def write_fleet(self, test_data: Path, customers: Mapping[str, int], *, training: Mapping[str, Any] | None = None) -> None:
-        """Write a fleet of customers of SNIPS on the TinyStories base, with so many rows each."""
+    def write_fleet(self, test_data: Path, customers: Mapping[str, int], steps: Mapping[str, int] | None = None) -> None:
+        """Write a fleet of customers of SNIPS on the TinyStories base, with so many rows each; `steps` for who wants others."""
         job = {
             "task": TASK,
             "base_model": {"name_or_path": str(test_data / "bases" / "stories260k")},
             "data": {"train": "any", "validation_split": 0.1},
             "peft": {"r": 4, "lora_alpha": 8},
-            "training": TRAINING | dict(training or {}),
+            "training": TRAINING,
         }
         # A deadline that is far away gives the night one name, also if midnight comes.
         deadline = (datetime.now(UTC) + timedelta(hours=12)).strftime("%H:%M")
+        own = [{"tenant": tenant, "set": {"training.max_steps": number}} for tenant, number in (steps or {}).items()]
         fleet = {
             "name": FLEET,
             "defaults": {"gates": None, "min_new_rows": 5, "holdout": 0.25},
-            "customers": [{"discover": "data/{tenant}/"}],
+            "customers": [{"discover": "data/{tenant}/"}, *own],
             "limits": {"max_promotions_share": None, "deadline": deadline},
         }
         (self.folder / "job.yaml").write_text(yaml.safe_dump(job))

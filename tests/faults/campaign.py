@@ -25,16 +25,22 @@ class Campaign:
     command: tuple[str, ...]
     """What starts the work, and continues it."""
     lives: list[str]
-    """How the drivers die, one after the other: when they pass a point for the n-th time, or at RANDOM after hosts died."""
+    """How the drivers die, one after the other: when they pass a point for the n-th time, or at RANDOM after hosts died.
+
+    Hosts die at the next two of `host_points` in a life that ends at RANDOM, or where it says so: "random+manifest-written:1".
+    """
     host_points: list[str]
     chance: random.Random = field(default_factory=lambda: random.Random(SEED))
     kills: list[str] = field(default_factory=list)
     """What was killed and when, in order."""
+    _number: int = 0
+    """Of the life: each may die at a point that an earlier one died at."""
 
     def run(self) -> None:
         """Kill as planned, then let the last driver end."""
-        self._spent.mkdir()
         for planned in self.lives:
+            self._number += 1
+            self._spent.mkdir(parents=True)
             self._live(planned)
         assert not self.host_points, f"no host was killed at {self.host_points}"
         done = self.ground.run(*self.command)
@@ -51,23 +57,24 @@ class Campaign:
 
     def _live(self, planned: str) -> None:
         """Start a driver and see it die as planned."""
-        hosts = self.host_points[:2] if planned == RANDOM else []
-        armed = hosts if planned == RANDOM else [planned]
+        end, *named = planned.split("+")
+        hosts = named or (self.host_points[:2] if end == RANDOM else [])
+        armed = hosts if end == RANDOM else [end, *hosts]
         environment = {"LORAFLEET_CRASHPOINT": ",".join(armed), "LORAFLEET_CRASHPOINT_SPENT": str(self._spent)}
         driver = self.ground.start(*self.command, **environment)
-        if planned == RANDOM:
+        if end == RANDOM:
             self._see_hosts_die(driver, hosts)
             self._kill_at_random(driver)
         ended = self.ground.end_of(driver)
         assert ended.code == -signal.SIGKILL, f"the driver ended before it died at {planned}: {ended}"
-        self.kills.append(f"driver at {planned}")
+        dead = [point for point in hosts if self._is_spent(point)]
+        assert set(named) <= set(dead), f"no host was killed at {named}"
+        self.host_points = [point for point in self.host_points if point not in dead]
+        self.kills += [*(f"host at {point}" for point in dead), f"driver at {end}"]
 
     def _see_hosts_die(self, driver: subprocess.Popen[bytes], points: list[str]) -> None:
         for point in points:
             wait_until(lambda: driver.poll() is not None or self._is_spent(point), f"a host dies at {point}")  # noqa: B023
-            if self._is_spent(point):
-                self.host_points.remove(point)
-                self.kills.append(f"host at {point}")
 
     def _kill_at_random(self, driver: subprocess.Popen[bytes]) -> None:
         """Kill a host after some steps, and the driver after some more."""
@@ -92,7 +99,7 @@ class Campaign:
 
     @property
     def _spent(self) -> Path:
-        return self.ground.folder / "spent"
+        return self.ground.folder / "spent" / str(self._number)
 
 
 def assert_no_job_was_done_twice(ground: Ground) -> None:
@@ -120,4 +127,4 @@ def crashpoints() -> set[str]:
 
 def names_in(points: Iterable[str]) -> set[str]:
     """Return the names of points that are written with how often they are passed."""
-    return {point.partition(":")[0] for point in points} - {RANDOM}
+    return {point.partition(":")[0] for planned in points for point in planned.split("+")} - {RANDOM}
