@@ -129,4 +129,6 @@ def test_dropout_changes_with_every_step_and_evaluations_drop_nothing() -> None:
         measured.append((metrics[dropping]["eval/loss"], metrics[plain]["eval/loss"]))
     assert len(set(training_losses[0])) == 4
     assert max(training_losses[1]) == pytest.approx(min(training_losses[1]), rel=1e-6)
-    assert all(one == other for one, other in measured)
+    # Not to the last bit: factors of layers that drop on their own are not laid side by side, as those of the plain job are.
+    assert all(one == pytest.approx(other, rel=1e-6) for one, other in measured)
+    assert len(set(measured)) == 1
