@@ -5,6 +5,7 @@ network interface. Here the address is tried first, and what is started listens 
 """
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -37,6 +38,12 @@ _ENVIRONMENT = {
 """No report to Ray's makers, and no FutureWarning about the accelerators of zero-GPU actors."""
 
 
+@functools.cache
+def _own_token() -> str:
+    """Return this process's token: one for its life, since Ray keeps the first one it sees, whatever the environment says."""
+    return secrets.token_hex(32)
+
+
 def start_local(num_cpus: int) -> None:
     """Start Ray on this machine for this process; it ends with it, however that happens. Raises ServiceUnavailable.
 
@@ -45,7 +52,7 @@ def start_local(num_cpus: int) -> None:
     The token is made for this process and travels to Ray's processes in their environment, so nothing is written to HOME.
     """
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
-        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)
+        os.environ["RAY_AUTH_TOKEN"] = _own_token()
     with _quiet_environment(), _loopback_only(), _keep_sigterm_handler():
         try:
             ray.init(

@@ -38,6 +38,16 @@ launcher.close()
 """
 
 
+TWICE = """
+import os
+from infra.ray_launch import RayLauncher
+
+for _ in range(2):
+    RayLauncher(num_cpus=1).close()
+    os.environ.pop("RAY_AUTH_TOKEN", None)
+"""
+
+
 @pytest.fixture(scope="module")
 def launcher() -> Iterator[RayLauncher]:
     with pytest.MonkeyPatch.context() as patch:
@@ -200,6 +210,13 @@ def test_a_driver_uses_an_external_cluster_with_its_token_only(external_cluster:
     out, errors = driver.communicate("go on\n")
     assert "kind='lost'" in out
     assert (driver.returncode, errors) == (0, "")
+
+
+def test_ray_starts_a_second_time_although_the_environment_was_put_back_meanwhile() -> None:
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
+    root = Path(__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", TWICE], env=kept, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_connection_of_this_process_is_left_standing_by_a_second_launcher(launcher: RayLauncher) -> None:
