@@ -23,6 +23,7 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
+@pytest.mark.scale
 def test_engine_is_compared_with_trainer_and_itself_alone_and_its_limit():
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     setting = ["--hidden", "64", "--adapters", "1", "2", "--tokens", "32", "--rounds", "1", "--seconds", "0", "--json"]

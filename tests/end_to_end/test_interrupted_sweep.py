@@ -26,6 +26,7 @@ def wait_for_steps(ground: Ground, number: int) -> None:
     wait_until(lambda: len(ground.passed("step-done")) >= before + number, "hosts train")
 
 
+@pytest.mark.faults
 def test_sweep_ends_as_the_undisturbed_one_after_a_killed_driver_a_killed_host_and_an_interrupt(
     tmp_path: Path, test_data: Path
 ) -> None:
