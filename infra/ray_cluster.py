@@ -53,6 +53,8 @@ def start_local(num_cpus: int) -> None:
     """
     if not {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         os.environ["RAY_AUTH_TOKEN"] = _own_token()
+    # Whoever asked a cluster before may have read another one, from a file in HOME.
+    AuthenticationTokenLoader.instance().reset_cache()
     with _quiet_environment(), _loopback_only(), _keep_sigterm_handler():
         try:
             ray.init(

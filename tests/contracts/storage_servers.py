@@ -53,7 +53,7 @@ def moto_server(folder: Path) -> Iterator[S3Server]:
     """Run moto's server, which keeps objects in memory and does not look at checksums."""
     require("moto")
     port = free_port()
-    command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+    command = [sys.executable, "-P", str(Path(__file__).with_name("atomic_moto.py")), "-H", "127.0.0.1", "-p", str(port)]
     with _running(command, port, folder):
         yield S3Server(f"http://127.0.0.1:{port}", checks_sha256=False)
 

@@ -40,11 +40,16 @@ launcher.close()
 
 TWICE = """
 import os
+from infra.errors import ServiceUnavailable
 from infra.ray_launch import RayLauncher
 
 for _ in range(2):
     RayLauncher(num_cpus=1).close()
     os.environ.pop("RAY_AUTH_TOKEN", None)
+    try:
+        RayLauncher("127.0.0.1:9")  # nobody is there, and the person's own token has been read
+    except ServiceUnavailable:
+        pass
 """
 
 
@@ -212,8 +217,10 @@ def test_a_driver_uses_an_external_cluster_with_its_token_only(external_cluster:
     assert (driver.returncode, errors) == (0, "")
 
 
-def test_ray_starts_a_second_time_although_the_environment_was_put_back_meanwhile() -> None:
-    kept = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"}
+def test_ray_starts_again_although_the_environment_was_put_back_and_another_token_was_read(tmp_path: Path) -> None:
+    (tmp_path / ".ray").mkdir()
+    (tmp_path / ".ray" / "auth_token").write_text(TOKEN)
+    kept = {name: value for name, value in os.environ.items() if name != "RAY_AUTH_TOKEN"} | {"HOME": str(tmp_path)}
     root = Path(__file__).resolve().parents[2]
     done = subprocess.run([sys.executable, "-c", TWICE], env=kept, cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
