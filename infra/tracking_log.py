@@ -176,6 +176,7 @@ class Shipper:
         self._changed = threading.Condition()
         self._num_wakes = 0
         self._stop_at: float | None = None
+        self._patience_seconds = 0.0
         self._trouble: str | None = None
         self._thread = threading.Thread(target=self._run, name="tracking-shipper", daemon=True)
         self._thread.start()
@@ -202,10 +203,15 @@ class Shipper:
         return self.num_waiting()
 
     def close(self, timeout_seconds: float) -> int:
-        """Ship what can be shipped in that time and stop; return the number of events left for a later process."""
+        """Ship what can be shipped and stop; return the number of events left for a later process.
+
+        A slow tracker is waited for while it takes events, one that does not answer or takes none for `timeout_seconds`.
+        """
+        self._patience_seconds = timeout_seconds
         self._stop_at = time.monotonic() + timeout_seconds
         self._wake()
-        self._thread.join(timeout_seconds)
+        while self._thread.is_alive() and (left := self._stop_at - time.monotonic()) > 0:
+            self._thread.join(left)
         return self.num_waiting()
 
     def _run(self) -> None:
@@ -243,6 +249,8 @@ class Shipper:
             lines, end = self._log.read(self._offset, EVENTS_PER_BATCH)
             for call in self._plan(lines):
                 self._ship(call)
+                if self._stop_at is not None:
+                    self._stop_at = time.monotonic() + self._patience_seconds
             crashpoint("tracking-shipped", f"{self._offset}-{end}")
             self._write_offset(end)
             with self._changed:

@@ -4,6 +4,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,6 +32,7 @@ class Interrupted(LocalTracker):
         super().__init__(folder)
         self.away = threading.Event()
         self.num_points_calls = 0
+        self.seconds_per_call = 0.0
         self._refused = refused
 
     def ensure_run(self, run: RunStart) -> str:
@@ -45,6 +47,7 @@ class Interrupted(LocalTracker):
         super().log_points(key, points)
 
     def _answer(self) -> None:
+        time.sleep(self.seconds_per_call)
         if self.away.is_set():
             raise ServiceUnavailable("The tracker is away; wait.")
 
@@ -128,6 +131,13 @@ def test_a_tracker_that_is_away_stops_nobody_and_gets_everything_when_it_is_back
     assert shipper.close(5) == 0
     assert shipper.trouble is None
     assert steps_at(tracker) == [1]
+
+
+def test_a_slow_tracker_is_waited_for_as_long_as_it_takes_events(log, tracker):
+    tracker.seconds_per_call = 0.5
+    for number in range(6):
+        log.run(RunStart(f"acme/s/{number}", "acme", f"trial {number}"))
+    assert Shipper(log, tracker).close(2.0) == 0
 
 
 def test_what_was_left_is_shipped_by_a_later_process(log, tracker):
