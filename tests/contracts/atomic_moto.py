@@ -1,7 +1,6 @@
 """Run moto's server with atomic puts.
 
-moto 5.2 looks at a put's condition and writes in two steps of a thread, so that of two writers at once both may win, which S3 rules
-out.
+moto 5.2 looks at a put's condition and writes in two steps, so that of two writers at once both may win, which S3 rules out.
 """
 
 import threading
