@@ -1,6 +1,7 @@
 """Fixtures for all tests: credentials that open nothing real, servers on loopback, stores, and the real input."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +24,13 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Let the longest files begin first, so that no process is left with one of them when the others have ended."""
     items.sort(key=lambda item: "/end_to_end/" not in item.path.as_posix())
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interrupts_arrive() -> None:
+    """Let commands that tests start be interrupted, also where this process was started in the background, which ignores it."""
+    if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session", autouse=True)
