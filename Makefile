@@ -12,7 +12,7 @@ demo: venv
 	$(BIN)/lorafleet demo
 
 test: venv
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder --durations 10
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder --durations 10
 
 venv: $(STAMP)
 

@@ -67,6 +67,7 @@ def test_sweep_ends_as_the_undisturbed_one_after_a_killed_driver_a_killed_host_a
         assert any(int(passing.detail.split()[1]) > 0 for passing in ground.passed("job-resumed"))
 
 
+@pytest.mark.faults
 def test_second_driver_of_a_sweep_is_turned_away_and_harms_nothing(tmp_path: Path, test_data: Path) -> None:
     with ground_in(tmp_path, environment={"LORAFLEET_LAUNCHER": "in-process"}) as ground:
         ground.write_sweep(test_data, num_trials=2, training={"max_steps": 20_000, "eval_steps": 10_000})

@@ -26,7 +26,7 @@ def test_two_nights_bring_customers_up_to_date_and_an_interrupted_one_is_finishe
         assert {row["status"] for row in ground.rows().values()} == {"promoted"}
         [night] = ground.nights()
 
-        again = ground.run(*NIGHT)
+        again = ground.run(*NIGHT)  # starts no host, hence no Ray
         assert (again.code, again.out) == (0, f"page {ground.home}/nights/snips/{night}.html\n")
         assert ground.nights() == [night]
 

@@ -29,6 +29,7 @@ def adapter_ids(folder: Path, test_data: Path, max_concurrent: int) -> dict[int,
         return {trial.number: trial.adapter_id for trial in ground.trials()}
 
 
+@pytest.mark.scale
 def test_one_trial_at_a_time_and_sixteen_give_the_same_adapters(tmp_path: Path, test_data: Path) -> None:
     alone = adapter_ids(tmp_path / "alone", test_data, 1)
     together = adapter_ids(tmp_path / "together", test_data, 16)

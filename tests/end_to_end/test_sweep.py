@@ -110,13 +110,13 @@ def test_best_is_registered_promoted_rolled_back_and_evaluated_on_its_own_base_o
 
 def test_same_command_does_nothing_new_and_extend_adds_exactly_so_many(swept: Ground) -> None:
     before, steps = swept.trials(), len(swept.passed("step-done"))
-    again = swept.run("sweep", "run", "sweep.yaml")
+    again = swept.run("sweep", "run", "sweep.yaml")  # starts no host, hence no Ray
     assert again.code == 0
     assert swept.trials() == before
     assert len(swept.passed("step-done")) == steps
     assert len(runs_of(swept)) == 1 + NUM_TRIALS
     assert swept.run("sweep", "extend", f"{TENANT}/{SWEEP}", "--num-trials", str(NUM_TRIALS + 2)).code == 0
-    assert swept.run("sweep", "resume", SWEEP).code == 0
+    assert swept.run("sweep", "resume", SWEEP, LORAFLEET_LAUNCHER="in-process").code == 0
     assert swept.trials()[:NUM_TRIALS] == before
     assert Counter(run.status in {"RUNNING", "SCHEDULED"} for run in runs_of(swept)) == {False: 1 + NUM_TRIALS + 2}
     assert len(swept.trials()) == NUM_TRIALS + 2

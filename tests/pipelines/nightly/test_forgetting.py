@@ -155,6 +155,7 @@ def _files_of_champion(town: Town, tenant: str) -> str:
     return layout.adapter(tenant, head.base_id, head.adapter_id)
 
 
+@pytest.mark.faults
 def test_forgetting_that_is_killed_anywhere_is_ended_by_the_same_command(town: Town, tmp_path: Path) -> None:
     (tmp_path / "spent").mkdir()
     armed = {"LORAFLEET_CRASHPOINT": ",".join(POINTS), "LORAFLEET_CRASHPOINT_SPENT": str(tmp_path / "spent")}

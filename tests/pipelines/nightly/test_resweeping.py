@@ -174,6 +174,7 @@ def test_search_that_the_deadline_ends_is_judged_by_what_it_found(town: Town) ->
     assert not [info.key for info in town.store.list("tenants/acme/sweeps/") if info.key.endswith("stop.json")]
 
 
+@pytest.mark.faults
 def test_night_killed_after_the_search_was_promoted_does_it_once(town: Town) -> None:
     town.now += DAY
     command = [sys.executable, "-c", KILLED, str(town.folder), str(town.now)]

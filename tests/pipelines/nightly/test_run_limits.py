@@ -149,6 +149,7 @@ def test_night_whose_hours_are_spent_holds_the_rest_for_another_date(grown: Town
     assert set(grown.night().ends.values()) == {PROMOTED}
 
 
+@pytest.mark.faults
 def test_interrupted_night_leaves_nothing_running_and_the_same_command_finishes_it(
     grown: Town, passed: Callable[[str], list[str]], test_data: Path, tmp_path: Path
 ) -> None:
