@@ -1,6 +1,6 @@
 """A night over many small customers: customers per hour against one process per customer, what is spent beside training, memory.
 
-    python benchmarks/night.py [--customers 1000] [--sample 20] [--epochs 1] [--folder FOLDER] [--json]
+    python benchmarks/night.py [--customers 1000] [--sample 20] [--rows 100 300] [--epochs 1] [--folder FOLDER] [--json]
 
 Customers have 100 to 300 rows of the demo's text and one base, the demo's, which is kept in `--folder`. `lorafleet nightly run`
 runs with its defaults: Ray, a local store, MLflow on SQLite, one host per core with one thread each. Its time is that of the
@@ -42,7 +42,6 @@ from pipelines.nightly.records import Row
 from workers.data.store import load_rows
 
 MAX_LOSS_DIFFERENCE = 1e-2
-FEWEST_ROWS, MOST_ROWS = 100, 300
 FLEET, TASK = "bench", "answers"
 RANK, BATCH, LEARNING_RATE, MAX_LENGTH = 8, 8, 5e-3, 96
 PEERS_AT_A_TIME = 2
@@ -56,6 +55,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--customers", type=int, default=1000)
     parser.add_argument("--sample", type=int, default=20, help="customers that the peer trains too; 0 leaves it out")
+    parser.add_argument("--rows", type=int, nargs=2, default=[100, 300], metavar=("FEWEST", "MOST"), help="of a customer")
     parser.add_argument("--epochs", type=float, default=1.0)
     parser.add_argument("--folder", type=Path, default=Path.home() / ".cache/lorafleet-benchmarks", help="where the base is kept")
     parser.add_argument("--json", action="store_true")
@@ -63,13 +63,13 @@ def main() -> int:
     base = ensure_demo_base(options.folder.absolute(), lambda line: print(line, file=sys.stderr))
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as name:
-        ground = Ground(Path(name), base, options.epochs)
+        ground = Ground(Path(name), base, options.epochs, *options.rows)
         ground.write(options.customers)
         ours = run_night(ground)
         peer = run_peer(ground, options.sample) if options.sample else None
     result = {
         "facts": facts("lorafleet", "torch", "transformers", "peft", "ray", "mlflow"),
-        "setting": f"{options.customers} customers of {FEWEST_ROWS} to {MOST_ROWS} rows on the demo's base, {options.epochs:g} "
+        "setting": f"{options.customers} customers of {options.rows[0]} to {options.rows[1]} rows on the demo's base, {options.epochs:g} "
         f"epochs in batches of {BATCH}, rank {RANK} on all linears; the load before was {load:.2f}",
         "lorafleet": ours,
         "trainer_peft": peer,
@@ -87,6 +87,8 @@ class Ground:
     folder: Path
     base: Path
     epochs: float
+    fewest_rows: int = 100
+    most_rows: int = 300
 
     @property
     def home(self) -> Path:
@@ -99,7 +101,7 @@ class Ground:
             kind = CUSTOMERS[index % len(CUSTOMERS)]
             place = self.folder / "customers" / f"{kind}-{index:05d}"
             place.mkdir(parents=True)
-            write_jsonl(place / "rows.jsonl", customer_rows(kind, index, rng.randint(FEWEST_ROWS, MOST_ROWS)))
+            write_jsonl(place / "rows.jsonl", customer_rows(kind, index, rng.randint(self.fewest_rows, self.most_rows)))
         job = {
             "tenant": "any",
             "task": TASK,

@@ -2,11 +2,11 @@
 
     python benchmarks/poisoned_night.py [--customers 500] [--share 0.02] [--huge-bytes 1073741824] [--folder FOLDER] [--json]
 
-The healthy customers are those of `night.py`, on the demo's base with a chat template that never ends on one poisoned row. A share
-of poisoned ones joins them, one of each kind in turn: settings that train to NaN, a name that is none, and those of the tests
-(`poison.py`), among them binary garbage, a line of `--huge-bytes`, wrong encodings, prompts only and that template bomb. Each night
-is `lorafleet nightly run` from a cold start. The healthy customers' adapters must be the same bits, and every poisoned customer one
-row, or the exit code is 1.
+The healthy customers are those of `night.py`, on the demo's base with a chat template that never ends on one poisoned row. A
+share of poisoned ones joins them, one of each kind in turn: settings that train to NaN, a name that is none, and those of the
+tests (`poison.py`), among them binary garbage, a line of `--huge-bytes`, wrong encodings, prompts only and that template bomb.
+Each night is `lorafleet nightly run` from a cold start. The healthy customers' adapters must be the same bits, and every poisoned
+customer one row, or the exit code is 1.
 """
 
 import argparse
