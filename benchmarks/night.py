@@ -69,8 +69,8 @@ def main() -> int:
         peer = run_peer(ground, options.sample) if options.sample else None
     result = {
         "facts": facts("lorafleet", "torch", "transformers", "peft", "ray", "mlflow"),
-        "setting": f"{options.customers} customers of {options.rows[0]} to {options.rows[1]} rows on the demo's base, {options.epochs:g} "
-        f"epochs in batches of {BATCH}, rank {RANK} on all linears; the load before was {load:.2f}",
+        "setting": f"{options.customers} customers of {ground.fewest_rows} to {ground.most_rows} rows on the demo's base, "
+        f"{options.epochs:g} epochs in batches of {BATCH}, rank {RANK} on all linears; the load before was {load:.2f}",
         "lorafleet": ours,
         "trainer_peft": peer,
         "ratio_customers_per_hour": peer and ours["customers_per_hour"] / peer["customers_per_hour"],
