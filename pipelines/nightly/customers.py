@@ -14,7 +14,7 @@ from typing import Any
 
 from infra.errors import BadInput, LorafleetError
 from infra.storage import Storage
-from pipelines.nightly.entries import LISTED, Entry, entries_of
+from pipelines.nightly.entries import DISCOVERED, LISTED, Entry, entries_of
 from pipelines.nightly.job_template import JobMaker, Variant, data_named
 from pipelines.nightly.recipes import recipe_of
 from pipelines.nightly.records import Row, Signature
@@ -160,7 +160,7 @@ class _Maker:
                 return _refusal(*key, "no_data", f"{where}: no file of rows is there.", "Put the rows there, or leave it out.")
             return self._customer(key, found)
         except BadInput as error:
-            return _refusal(*key, "bad_customer", f"{where}: {error}", f"Correct it in {where}, or leave it out there.")
+            return _refusal(*key, "bad_customer", f"{where}: {error}", _way_out(said[-1]))
 
     def _customer(self, key: Key, found: "_Found") -> Customer:
         settings = {**self.defaults, **found.given}
@@ -223,6 +223,13 @@ def _by_customer(entries: Iterable[Entry]) -> dict[Key, list[Entry]]:
 
 def _settings_of(defaults: CustomerSettings) -> dict[str, Any]:
     return {name: getattr(defaults, name) for name in CustomerSettings.model_fields}
+
+
+def _way_out(last: Entry) -> str:
+    """Return what to do about a customer that is wrong where it was said last."""
+    if last.layer == DISCOVERED:
+        return "Rename where its rows lie, or name it under exclude."
+    return "Correct it there, or leave it out."
 
 
 def _check(key: Key, said: Sequence[Entry]) -> None:

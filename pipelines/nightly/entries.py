@@ -75,7 +75,8 @@ def _discovered(fleet: Fleet, spec: DiscoverSpec, where: str, open_store: OpenUr
 def _tabled(fleet: Fleet, spec: CsvSpec, where: str) -> Iterator[Entry]:
     path = fleet.folder / Path(spec.csv).expanduser()
     if path.suffix.lower() != ".csv" or not path.is_file():
-        raise BadInput(f"{where}: {spec.csv} is no CSV file in {fleet.folder.absolute()}; name one that ends in .csv.")
+        what = "is no CSV file" if path.exists() else "does not exist"
+        raise BadInput(f"{where}: {spec.csv} {what} in {fleet.folder.absolute()}; name a table that ends in .csv.")
     _check_columns(path, f"{where}: {spec.csv}")
     for raw in read_raw(path, spec.csv):
         yield _of_line(fleet, spec, path.parent, raw)

@@ -254,6 +254,9 @@ def _check_files(fleet: Fleet, settings: CustomerSettings, where: str) -> None:
     written = settings.model_fields_set if isinstance(settings, _Entry) else set(CustomerSettings.model_fields)
     try:
         if settings.gates is not None and "gates" in written:
+            if not (fleet.folder / settings.gates).exists():
+                without = "write the gates there (see 'lorafleet schema gates'), or set gates to null"
+                raise BadInput(f"there is no file {fleet.folder / settings.gates}; {without}.")
             load_gates(fleet.folder / settings.gates)
         if settings.resweep is not None:
             load_sweep(fleet.folder / settings.resweep.sweep)

@@ -165,7 +165,7 @@ def test_a_customer_that_a_table_names_twice_is_not_guessed(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("table", "told"),
     [
-        (None, "no CSV file"),
+        (None, "customers.csv does not exist"),
         ("tenant,date\n", "has no column 'data'"),
         ("tenant,data,prioriti\n", "unknown column 'prioriti'. Did you mean 'priority'?"),
         ("tenant,data,tenant\n", "twice"),

@@ -44,6 +44,7 @@ def test_a_fleet_of_three_lines_has_the_defaults_of_the_design(tmp_path: Path) -
         ("customers: [{discover: 'd/{tenant}/', set: {peft.r: 0}}]\n", "'peft.r'"),
         ("customers: [{tenant: a, data: ./a, set: {task_type.deeper: 1}}]\n", "goes through 'task_type', which holds str"),
         ("customers: [{tenant: a, data: ./a, gates: strict.yaml}]\n", "customers.0: there is no file"),
+        (ONE + "defaults: {gates: strict.yaml}\n", "write the gates there (see 'lorafleet schema gates'), or set gates to null"),
         (ONE + "defaults: {resweep: {sweep: sweep.yaml}}\n", "defaults: there is no file"),
         (ONE + "defaults: {job: jobs.yaml}\n", "Did you mean"),
     ],

@@ -69,6 +69,7 @@ def test_hostile_names_are_a_row_each_and_reach_no_key(town: Town, snips: Snips)
     refused = [row for row in night.outcome.report.rows if row.status == "failed"]
     assert len(refused) == len(names)
     assert {row.reason for row in refused} == {"bad_customer"}
+    assert all("exclude" in (row.next_step or "") for row in refused)
     assert all(row.tenant.isprintable() and row.sentence.isprintable() for row in refused)
     assert {night.ends[tenant] for tenant in CUSTOMERS} == {("skipped", "unchanged")}
     assert night.outcome.exit_code == 1
