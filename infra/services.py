@@ -30,9 +30,13 @@ class Services:
     @cached_property
     def store(self) -> Storage:
         """The store, not probed; one per process. Raises BadInput or ServiceUnavailable if it cannot be opened."""
+        return self.open_store(self.settings.store)
+
+    def open_store(self, uri: str) -> Storage:
+        """Open another store, or a place of data, on the same S3 server (`infra.stores.open_store` says how)."""
         from infra.stores import open_store
 
-        return open_store(self.settings.store, endpoint_url=self.settings.s3_endpoint_url)
+        return open_store(uri, endpoint_url=self.settings.s3_endpoint_url)
 
     @property
     def cache_dir(self) -> Path:

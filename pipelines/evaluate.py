@@ -106,7 +106,7 @@ class Subject:
         Of a merged adapter without a file: those of its parents, one after the other, where all are of its own tenant.
         """
         if data is not None:
-            splits = load_splits(parse(DataSpec, {"train": data}, "--data"), Path.cwd())
+            splits = load_splits(parse(DataSpec, {"train": data}, "--data"), Path.cwd(), self.workspace.services.open_store)
             return data, splits.test or splits.validation or splits.train
         parents = self.stored.manifest.get("merge", {}).get("parents", [])
         if parents and all(parent["tenant"] == self.tenant for parent in parents):

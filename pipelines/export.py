@@ -17,7 +17,6 @@ from infra.errors import BadInput, ConditionFailed, ObjectNotFound
 from infra.fingerprint import sha256_hex, sha256_of_file
 from infra.records import decode_record, encode_record
 from infra.storage import Storage
-from infra.stores import open_store
 from pipelines.evaluate import Subject
 from pipelines.journal import history
 from pipelines.references import model_in
@@ -89,7 +88,7 @@ def export(
     consumer = find_consumer(consumer_name)
     _check_base_string(consumer, base_string)
     plan = _plan(Subject(workspace, reference), consumer, base, base_string, max_rank)
-    target = open_store(to, endpoint_url=workspace.settings.s3_endpoint_url)
+    target = workspace.services.open_store(to)
     name = name_of(workspace.store, reference, plan.subject.stored.manifest)
     found = _standing(target, name, plan)
     manifest, proof = (found, _read_proof(target, name)) if found is not None else _write(target, name, plan)

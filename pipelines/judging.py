@@ -237,7 +237,8 @@ class Case:
         return found[key]
 
     def _rows_of_file(self, data: str) -> list[Row]:
-        splits = load_splits(parse(DataSpec, {"train": data}, "a gate's data"), self.folder)
+        open_uri = self.jury.workspace.services.open_store
+        splits = load_splits(parse(DataSpec, {"train": data}, "a gate's data"), self.folder, open_uri)
         return splits.test or splits.validation or splits.train
 
     def _rows_of_job(self) -> list[Row]:

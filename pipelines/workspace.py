@@ -71,7 +71,7 @@ class Workspace:
             found = find_reference(self.store, reference, tenant)
             return found.base_id, found.adapter_id
 
-        return Resolver(self.store, folder, self.services.cache_dir, find)
+        return Resolver(self.store, folder, self.services.cache_dir, find, self.services.open_store)
 
     @contextmanager
     def fleet(self, num_threads: int, max_hosts: int, *, at_once: bool = True) -> Iterator[Callable[[], HostFleet]]:

@@ -11,11 +11,13 @@ from typing import Any
 
 from infra.errors import BadInput
 from infra.storage import Storage
+from infra.stores import open_store
 from workers.bases import add_base, find_base, read_base
 from workers.data.classification import labels_of
 from workers.data.contract import prompt_contract
 from workers.data.render import Renderer
 from workers.data.rows import Row
+from workers.data.sources import OpenUri
 from workers.data.splits import Splits, load_splits
 from workers.data.store import save_rows
 from workers.data.tokenizer import load_tokenizer
@@ -55,6 +57,8 @@ class Resolver:
     folder: Path
     cache_dir: Path
     find_adapter: AdapterFinder
+    open_uri: OpenUri = open_store
+    """Opens an s3:// prefix that holds data."""
     notes: list[str] = field(default_factory=list)
     """Sentences about what was noticed and is no error (duplicates between splits, ...)."""
     _bases: dict[BaseModelSpec, _Base] = field(default_factory=dict)
@@ -89,7 +93,7 @@ class Resolver:
 
     def read(self, spec: JobSpec) -> tuple[Splits, Renderer]:
         """Return the rows of a spec and what renders them, without storing anything; the rows are not rendered yet."""
-        splits = load_splits(spec.data, self.folder)
+        splits = load_splits(spec.data, self.folder, self.open_uri)
         return splits, self.renderer(spec, _labels(spec, splits))
 
     def identity(self, spec: JobSpec) -> BaseIdentity:
@@ -154,7 +158,7 @@ class Resolver:
         rendering = (spec.data, spec.task_type, spec.training.max_length)
         if key not in self._data:
             refuse_forgotten(self.store, spec.tenant)
-            splits = load_splits(spec.data, self.folder)
+            splits = load_splits(spec.data, self.folder, self.open_uri)
             self._data[key] = self._kept(spec, splits, is_rendered=False)
             self.notes += splits.notes
             self._rendered.add(rendering)

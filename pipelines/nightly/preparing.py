@@ -14,7 +14,6 @@ from typing import Any
 from infra.errors import BadInput, LorafleetError, ObjectNotFound, ServiceUnavailable, WorkFailed, WrongBase
 from infra.records import decode_record
 from infra.storage import Storage
-from infra.stores import open_store
 from pipelines.gates import Gates
 from pipelines.journal import Entry, read_head
 from pipelines.nightly.care import Cared, look_after, save_quarantine
@@ -96,7 +95,7 @@ class Preparer:
             step = f"To let it be trained again: lorafleet unfreeze {customer.name}."
             return self._ended(one, "held", "frozen", f"{head.actor} froze it ({head.reason or 'no reason given'}).", step)
         last_rows = partial(self._last_rows, customer, last)
-        cared = look_after(customer, resolver.renderer, last, last_rows, open_store, self.now())
+        cared = look_after(customer, resolver.renderer, last, last_rows, resolver.open_uri, self.now())
         row = self._row(one, cared, head)
         if cared.hold is not None:
             save_quarantine(self.store, customer.tenant, cared)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from infra.errors import BadInput, LorafleetError, ServiceUnavailable
-from infra.stores import open_store
 from pipelines.gates import Gates, find_gates, parse_gates
 from pipelines.nightly.customers import Customer, customers_of, signatures_of
 from pipelines.nightly.forecast import Planned
@@ -73,13 +72,14 @@ class Surveyor:
         """Return what is decided for every customer. Raises BadInput and ServiceUnavailable for the fleet as a whole only."""
         ledger = FleetLedger(self.workspace.store, fleet.spec.name)
         memory, trend = ledger.memory()
-        customers, refused = customers_of(fleet, open_store, self.workspace.store)
+        open_uri = self.workspace.services.open_store
+        customers, refused = customers_of(fleet, open_uri, self.workspace.store)
         forgotten = self._forgotten()
         known = [one for one in customers if one.tenant not in forgotten]
         refused += [forgotten_row(one) for one in customers if one.tenant in forgotten]
         decided = [
             self._decided(one, memory.get(one.key), signature, now)
-            for one, signature in zip(known, signatures_of(known, open_store), strict=True)
+            for one, signature in zip(known, signatures_of(known, open_uri), strict=True)
         ]
         customers_seen = [one for one in decided if isinstance(one, Planned)]
         passed_over = [one for one in customers_seen if isinstance(one.decision, Skip)]

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from infra.stores import open_store
 from tests.pipelines.command_line import CommandLine, Ended
 from tests.pipelines.nightly.conftest import CUSTOMERS, Snips
 from tests.pipelines.nightly.poison import NAN_SETTINGS
@@ -44,6 +45,18 @@ def test_night_as_json_is_its_report(town: Town, command: CommandLine, snips: Sn
     assert row["num_tokens"] > 0
     assert row["seconds"] > 0
     assert row["cost"] > 0
+
+
+def test_data_are_read_from_the_s3_server_that_the_settings_name(
+    town: Town, command: CommandLine, snips: Snips, s3_bucket: str, moto_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = "".join(f"{json.dumps(row)}\n" for row in snips("acme", 60))
+    open_store(s3_bucket).put("customers/hooli/rows.jsonl", rows.encode())
+    town.set_fleet(customers=[{"discover": f"{s3_bucket}/customers/{{tenant}}/"}])
+    monkeypatch.delenv("AWS_ENDPOINT_URL")
+    monkeypatch.setenv("LORAFLEET_S3_ENDPOINT_URL", moto_url)
+    report = command("nightly", "run", "fleet.yaml", "--json").json
+    assert {row["name"]: row["status"] for row in report["customers"]}["hooli.calls"] == "promoted"
 
 
 def test_failed_customer_gives_exit_code_1_and_its_way_out(town: Town, command: CommandLine) -> None:
