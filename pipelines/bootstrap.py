@@ -11,12 +11,10 @@ import numpy
 from scipy.stats import bootstrap
 
 from infra.errors import BadInput
-from workers.scores import LOWER_IS_BETTER, Parts
+from workers.scores import LOWER_IS_BETTER, MIN_ROWS_COMPARED, Parts
 
 NUM_RESAMPLES = 9999
 """scipy's default: the bound of a 95 % interval then varies by about one hundredth of its distance to the mean."""
-MIN_ROWS = 2
-"""One row says nothing of how rows vary."""
 BATCH_NUMBERS = 1 << 22
 """Row numbers drawn at a time, which bounds memory to some 200 MB."""
 
@@ -35,11 +33,12 @@ class Improvement:
 def improvement(challenger: Parts, other: Parts, metric: str, confidence: float, seed: int) -> Improvement:
     """Compare two sides on the same rows. The same seed gives the same bounds.
 
-    Raises BadInput on fewer than MIN_ROWS rows.
+    Raises BadInput on fewer than MIN_ROWS_COMPARED rows.
     """
     num_rows = len(challenger.above)
-    if num_rows < MIN_ROWS:
-        raise BadInput(f"{num_rows} row to compare on is too few, at least {MIN_ROWS} are needed; name more rows for the gate.")
+    if num_rows < MIN_ROWS_COMPARED:
+        needed = f"at least {MIN_ROWS_COMPARED} are needed"
+        raise BadInput(f"{num_rows} row to compare on is too few, {needed}; name more rows for the gate.")
     sign = -1.0 if metric in LOWER_IS_BETTER else 1.0
 
     def gain(above: Any, below: Any, other_above: Any, other_below: Any, axis: int = -1) -> Any:

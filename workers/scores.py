@@ -21,6 +21,9 @@ GENERATED: frozenset[str] = frozenset({"eval/exact_match", "eval/format_validity
 PER_TOKEN: frozenset[str] = frozenset({"eval/loss", "eval/token_accuracy"})
 """Metrics whose unit is a token: two bases with different tokenizers do not share it."""
 
+MIN_ROWS_COMPARED = 2
+"""Rows that two adapters are compared on, at least: one says nothing of how rows vary."""
+
 
 @dataclass(frozen=True)
 class RowScores:

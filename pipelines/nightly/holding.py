@@ -15,6 +15,7 @@ from workers.data.formats import is_trained
 from workers.data.rows import Row as DataRow
 from workers.data.rows import refuse_untrainable
 from workers.data.sifting import printable
+from workers.scores import MIN_ROWS_COMPARED
 from workers.spec import JobSpec
 
 _SECONDS_OF_A_DAY = 86400.0
@@ -138,8 +139,9 @@ def _too_few(customer: Customer, care: Care, num_train: int, num_holdout: int) -
     if care.num_read < customer.min_rows or not num_train:
         found = f"{care.num_read} good rows ({num_train} for training) where at least {customer.min_rows} are asked for."
         return Reason("too_few_rows", found, "Wait for more rows, or lower min_rows.")
-    if not num_holdout and customer.holdout > 0:
-        found = f"none of {care.num_read} good rows is in the holdout ({customer.holdout:.0%}), so nothing could be compared."
+    if num_holdout < MIN_ROWS_COMPARED and customer.holdout > 0:
+        held_out = f"{num_holdout or 'none'} of {care.num_read} good rows is in the holdout ({customer.holdout:.0%})"
+        found = f"{held_out}; adapters are compared on {MIN_ROWS_COMPARED} at least."
         return Reason("too_few_rows", found, "Wait for more rows, raise holdout, or add a test file.")
     return None
 

@@ -339,6 +339,16 @@ def test_an_empty_holdout_is_no_base_for_a_comparison(desk: Desk) -> None:
     assert desk.care(holdout=0.0).hold is None
 
 
+@pytest.mark.parametrize(("num_rows", "is_held"), [(1, True), (2, False)])
+def test_a_holdout_of_one_row_waits_for_another_before_anything_is_trained(desk: Desk, num_rows: int, is_held: bool) -> None:
+    desk.write(chats(range(60)))
+    desk.write(chats(range(1000, 1000 + num_rows)), "test.jsonl")
+    cared = desk.care()
+    assert len(cared.holdout) == num_rows
+    assert (cared.hold is not None) is is_held
+    assert cared.hold is None or cared.hold.reason == "too_few_rows"
+
+
 def labelled(labels: Sequence[str]) -> list[dict[str, Any]]:
     return [{"text": f"Message {number} about {label}.", "label": label} for number, label in enumerate(labels)]
 
