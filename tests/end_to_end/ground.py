@@ -96,10 +96,14 @@ class Ground:
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
         """Start a command in a process group of its own, as a terminal does."""
+        return self.start_python("-m", "pipelines.cli", *arguments, **environment)
+
+    def start_python(self, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start Python in a process group of its own."""
         log = self.folder / f"command-{len(self._started)}"
         with log.with_suffix(".out").open("wb") as out, log.with_suffix(".err").open("wb") as err:
             process = subprocess.Popen(
-                [sys.executable, "-m", "pipelines.cli", *arguments],
+                [sys.executable, *arguments],
                 cwd=self.folder,
                 env=self._environment() | environment,
                 stdout=out,  # files, since Ray's processes may outlive a killed driver and keep a pipe open
