@@ -92,7 +92,8 @@ class RayHandle:
         return self._place
 
     def poll(self) -> Exit | None:
-        return self._exit
+        with self._lock:  # who sees the exit finds the channel closed, and the other way round
+            return self._exit
 
     def kill(self) -> None:
         if self._exit is None:
@@ -129,13 +130,13 @@ class RayHandle:
     def _end(self, ended: Exit) -> None:
         """Settle how the task ended (the first to say so is right) and free the actor's resources."""
         with self._lock:
-            first = self._exit is None
-            self._exit = self._exit or ended
-        if first:
-            logger.debug("Task %s ended: %s %s\n%s", self.name, ended.kind, ended.reason, ended.details)
+            if self._exit is not None:
+                return
+            self._exit = ended
             self._to_task.close(discard=True)
             self._to_driver.close(discard=False)
-            ray.kill(self._actor, no_restart=True)
+        logger.debug("Task %s ended: %s %s\n%s", self.name, ended.kind, ended.reason, ended.details)
+        ray.kill(self._actor, no_restart=True)
 
 
 class RayLauncher:

@@ -90,7 +90,7 @@ def test_a_killed_process_is_lost_and_its_neighbour_is_not(launcher: RayLauncher
     os.kill(pid_of(victim), signal.SIGKILL)
     ended = end_of(victim)
     assert (ended.kind, ended.reason) == ("lost", "The process of task victim is gone.")
-    wait_for(lambda: victim.channel.closed)
+    assert victim.channel.closed
     neighbour.channel.send("hello")
     assert receive(neighbour, 1) == ["hello"]
     neighbour.kill()
