@@ -34,6 +34,7 @@ def first_night(tmp_path_factory: pytest.TempPathFactory, test_data: Path, snips
     with town.standing():
         night = town.night()
     assert set(night.ends.values()) == {("promoted", "")}, night.ends
+    assert night.outcome.notes == (), "MLflow shows all of it"
     return town
 
 
