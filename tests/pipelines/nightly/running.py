@@ -1,8 +1,10 @@
 """Fleets of real customers in a folder, whose nights are run in this process, one a day."""
 
+import contextlib
 import json
 import os
 import shutil
+import sqlite3
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from mlflow.tracking._tracking_service import utils
 
 from infra.local_storage import LocalStorage
 from pipelines.journal import Entry, history
@@ -28,6 +31,13 @@ DAY = 86400.0
 NOON = 1_748_779_200.0
 """2025-06-01, 12:00 UTC: before the nights that tests of the command line run today."""
 TASK = "calls"
+MLFLOW_PLACES = (
+    ("experiments", "artifact_location"),
+    ("runs", "artifact_uri"),
+    ("model_versions", "source"),
+    ("model_versions", "storage_location"),
+)
+"""Columns of MLflow's database with absolute paths."""
 JOB = {
     "task": TASK,
     "data": {"train": "unused", "validation_split": 0.1},
@@ -130,8 +140,12 @@ class Town:
         return installation(self.folder)
 
     def copy(self, folder: Path) -> "Town":
-        """Return a town that has had the same nights."""
+        """Return a town that has had the same nights, and whose MLflow keeps its files in the copy."""
         shutil.copytree(self.folder, folder, dirs_exist_ok=True)
+        with contextlib.closing(sqlite3.connect(folder / ".lorafleet" / "mlflow.db")) as database, database:
+            for table, column in MLFLOW_PLACES:
+                database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(self.folder), str(folder)))
+        utils._artifact_repos_cache.clear()  # by run id: those of the copy are the same
         return Town(folder, self.now, self._stamp)
 
 

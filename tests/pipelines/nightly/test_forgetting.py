@@ -1,16 +1,13 @@
 """A tenant that is forgotten: nothing of it is left in store, home and MLflow, and nothing is made for it any more."""
 
-import contextlib
 import os
 import shutil
 import socket
-import sqlite3
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from mlflow.tracking._tracking_service import utils
 
 from infra.claims import Owner, claim
 from pipelines.cli import _run
@@ -41,7 +38,7 @@ POINTS = ("tenant-page-retold", "tenant-object-deleted:7", "tenant-mlflow-retold
 @pytest.fixture(scope="module")
 def swept(first_night: Town, test_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Town:
     """A town in which a sweep was run for one customer, too."""
-    town = moved(first_night, tmp_path_factory.mktemp("swept"))
+    town = first_night.copy(tmp_path_factory.mktemp("swept"))
     (town.folder / "sweep.yaml").write_text(SWEEP.format(base=test_data / "bases" / "stories260k"))
     with town.standing():
         assert _run(["sweep", "run", "sweep.yaml"]) == 0
@@ -50,19 +47,7 @@ def swept(first_night: Town, test_data: Path, tmp_path_factory: pytest.TempPathF
 
 @pytest.fixture
 def town(swept: Town, tmp_path: Path) -> Town:
-    return moved(swept, tmp_path / "town")
-
-
-def moved(town: Town, folder: Path) -> Town:
-    """Return a copy of a town whose MLflow keeps its files in the copy."""
-    copy = town.copy(folder)
-    places = {"experiments": ["artifact_location"], "runs": ["artifact_uri"], "model_versions": ["source", "storage_location"]}
-    with contextlib.closing(sqlite3.connect(copy.folder / ".lorafleet" / "mlflow.db")) as database, database:
-        for table, columns in places.items():
-            for column in columns:
-                database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(town.folder), str(folder)))
-    utils._artifact_repos_cache.clear()  # by run id: those of the copy are the same
-    return copy
+    return swept.copy(tmp_path / "town")
 
 
 @pytest.fixture
