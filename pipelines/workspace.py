@@ -77,9 +77,12 @@ class Workspace:
     def fleet(self, num_threads: int, max_hosts: int, *, at_once: bool = True) -> Iterator[Callable[[], HostFleet]]:
         """Start the launcher and a fleet in the background; calling what this yields waits for it. Closed at the end.
 
-        Starting takes seconds, in which the caller finds out whether there is anything to train. Without `at_once` it begins
-        with the first call, for callers who expect that there is nothing.
+        Starting Ray takes seconds, in which the caller finds out whether there is anything to train. Without `at_once` it begins
+        with the first call, for callers who expect that there is nothing. So it does if hosts are threads of this process: they
+        would import transformers while the caller does, and transformers, which puts another module in its own place as it ends
+        being imported, fails in the thread that waited.
         """
+        at_once = at_once and self.settings.launcher != "in-process"
 
         def start() -> HostFleet:
             return HostFleet(self.services, self.services.launcher(), num_threads=num_threads, max_hosts=max_hosts)
