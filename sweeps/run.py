@@ -49,6 +49,8 @@ class Surroundings:
     lease_seconds: float = 30.0
     on_change: Callable[[SweepView], None] = lambda view: None
     """Called with the state of things after every round."""
+    must_end: Callable[[], str | None] = lambda: None
+    """Asked before every round: why the sweep is to end now, resumable, as if it was asked to stop; None while it may go on."""
     mirror: Callable[[Trial, Study], None] = no_mirror
     """Called with every ended trial (`StudyMirror`)."""
     clock: Callable[[], float] = time.time
@@ -187,7 +189,10 @@ class _Driver:
             self._resume(trial)
 
     def heed_requests(self) -> None:
-        """Note the time spent, and look whether another process wants another total, or an end."""
+        """Look whether the caller wants an end; note the time spent, and whether another process wants that, or another total."""
+        if not self.is_done() and (reason := self.around.must_end()) is not None:
+            self.preempt(reason)
+            return
         now = self.around.monotonic()
         if now - self._asked_last < self.around.request_seconds:
             return

@@ -29,7 +29,7 @@ from pipelines.nightly.state_key import recipe_digest, state_key
 from pipelines.references import CHALLENGER
 from pipelines.sweep import check_measured
 from pipelines.workspace import Workspace
-from sweeps.ledger import put_stop, read_trials
+from sweeps.ledger import read_trials
 from sweeps.run import Surroundings, SweepResult, run_sweep
 from sweeps.spec import SweepSpec
 from sweeps.trial import Trial
@@ -116,6 +116,7 @@ class Resweeper:
                 owner=self.workspace.owner,
                 lease_seconds=self.workspace.settings.lease_seconds,
                 on_change=watch.look,
+                must_end=lambda: _limit(self.driver),
             )
             return run_sweep(spec, around), watch.hours
 
@@ -192,25 +193,21 @@ class Resweeper:
 
 @dataclass
 class _Watch:
-    """Lets a sweep end at the night's limits; its jobs are checkpointed then."""
+    """Counts what a sweep takes of the night's accelerator-hours, and sees that the night is still ours."""
 
     driver: Driver
     num_hosts: int
     hours: float = 0.0
     """Accelerator-hours that its hosts were held, summed over resumes."""
-    _is_asked: bool = False
 
     def __post_init__(self) -> None:
         self._held_before = self.driver.hours.held
 
     def look(self, view: SweepView) -> None:
-        """Count the time; ask the sweep to end where a limit is reached."""
+        """Count the time up to now."""
         self.driver.check_claim()
         self.hours = self.num_hosts * view.seconds / 3600
         self.driver.hours.held = self._held_before + self.hours
-        if not self._is_asked and _limit(self.driver) is not None:
-            self._is_asked = True
-            put_stop(self.driver.ledger.store, view.tenant, view.name, self.driver.now())
 
 
 def _limit(driver: Driver) -> str | None:

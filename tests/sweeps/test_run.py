@@ -193,6 +193,18 @@ def test_stop_checkpoints_and_the_same_command_ends_as_if_undisturbed(tmp_path: 
     assert sorted(bench.executed_steps()) == sorted(undisturbed.executed_steps())
 
 
+def test_sweep_that_must_end_does_so_before_its_next_trial_and_one_that_is_through_stays_complete(tmp_path: Path) -> None:
+    bench = Bench(tmp_path)
+
+    def when_one_is_through() -> str | None:
+        return "the deadline came" if any(trial.status == "complete" for trial in trials_of(bench)) else None
+
+    result = bench.drive(sweep(num_trials=5), must_end=when_one_is_through)
+    assert (result.status, result.reason, result.counts) == ("preempted", "the deadline came", {"complete": 1})
+    assert bench.drive(sweep(num_trials=5)).status == "complete"
+    assert bench.drive(sweep(num_trials=5), must_end=when_one_is_through).status == "complete"
+
+
 def test_interrupt_leaves_live_trials_to_the_next_driver(tmp_path: Path) -> None:
     bench = Bench(tmp_path)
 

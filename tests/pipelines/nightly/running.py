@@ -140,12 +140,14 @@ class Town:
         return installation(self.folder)
 
     def copy(self, folder: Path) -> "Town":
-        """Return a town that has had the same nights, and whose MLflow keeps its files in the copy."""
+        """Return a town that has had the same nights, and whose MLflow keeps its files in the copy and knows of them all."""
         shutil.copytree(self.folder, folder, dirs_exist_ok=True)
         with contextlib.closing(sqlite3.connect(folder / ".lorafleet" / "mlflow.db")) as database, database:
             for table, column in MLFLOW_PLACES:
                 database.execute(f"UPDATE {table} SET {column} = replace({column}, ?, ?)", (str(self.folder), str(folder)))
         utils._artifact_repos_cache.clear()  # by run id: those of the copy are the same
+        for offsets in (folder / ".lorafleet" / "tracking").glob("*.offset"):  # by the database's place
+            offsets.write_text(offsets.read_text().replace(str(self.folder), str(folder)))
         return Town(folder, self.now, self._stamp)
 
 
