@@ -1,6 +1,7 @@
 """Where a night stops: at its limits, at a kill or Ctrl-C, at canaries; and how the same command or the next night goes on."""
 
 import sqlite3
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -197,6 +198,8 @@ def test_promotions_stand_while_mlflows_registry_is_away_and_reconcile_shows_the
     table, hidden = "registered_model_aliases", "away"
 
     def leave() -> None:
+        while grown.workspace.services.tracker().run_id(f"fleets/town/{grown.nights()[-1]}") is None:
+            time.sleep(0.1)  # what ships runs looks for the registry, too, as it opens the database
         with database:
             database.execute(f"ALTER TABLE {table} RENAME TO {hidden}")
 
