@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.cells import cell_len
-from rich.console import Console
+from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 INTERRUPTED = 130
 """Exit code of a command that was ended before its work was: by Ctrl-C, as shells and typer have it, or by `sweep stop`."""
+
+WIDE = 1000
+"""Columns that are assumed where there is no terminal."""
 
 app = typer.Typer(
     help="Train, search, track and promote LoRA adapters, each locked to its base model.",
@@ -116,6 +119,12 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: st
     if not console.is_terminal:
         console = Console(width=_width(columns, rows))
     console.print(table, highlight=False)
+
+
+def print_picture(picture: RenderableType) -> None:
+    """Print what fits itself to the width of a terminal; where there is none, nothing is cut."""
+    console = Console()
+    (console if console.is_terminal else Console(width=WIDE)).print(picture, highlight=False, crop=False)
 
 
 def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:

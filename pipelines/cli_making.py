@@ -17,6 +17,7 @@ from pipelines.cli_common import (
     load,
     print_json,
     print_notes,
+    print_picture,
     print_text,
     reading,
     sweep_app,
@@ -109,7 +110,7 @@ def sweep_status(
     """Show how far a sweep is, from its ledger alone."""
     page = load("pipelines.sweep_page")
     shown = page.status(reading(), sweep)
-    print_json(page.status_json(shown)) if as_json else Console().print(page.status_view(shown))
+    print_json(page.status_json(shown)) if as_json else print_picture(page.status_view(shown))
 
 
 @sweep_app.command("best")

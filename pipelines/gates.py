@@ -11,6 +11,7 @@ Reading gates.yaml loads neither torch nor scipy.
 from __future__ import annotations
 
 import difflib
+import glob
 import importlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -235,6 +236,18 @@ class Gates:
     def digest(self) -> str:
         """Names the gates in evidence. What their files hold is named there beside it."""
         return id_of_json(list(self.written))
+
+    def check_files(self) -> None:
+        """Raise BadInput if a local file that our own gates read is not there. Rows on S3 are not looked for."""
+        for number, gate in enumerate(self.gates, 1):
+            key = "public_key" if isinstance(gate, SignedBy) else "data"
+            named = getattr(gate, key, None) if isinstance(gate, _Better | Guard | SignedBy) else None
+            if named is None or "://" in named or glob.has_magic(named):
+                continue
+            path = self.folder / Path(named).expanduser()
+            if not path.exists():
+                kind = self.written[number - 1]["kind"]
+                raise BadInput(f"gate {number} ({kind}) needs {path}, which does not exist; put it there, or correct {key}.")
 
 
 def load_gates(path: Path) -> Gates:

@@ -138,8 +138,8 @@ def trial_table(view: SweepView, room: int) -> Table:
     """Return the live trials and the latest ended ones, as many as fit; the best is marked."""
     table = Table(box=None, pad_edge=False)
     for name, justify in (("trial", "right"), ("status", "left"), ("step", "right"), ("loss", "right"), ("value", "right")):
-        table.add_column(name, justify=justify)  # type: ignore[arg-type]
-    table.add_column("parameters", no_wrap=True, overflow="ellipsis")
+        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    table.add_column("parameters")  # the one that gives way where the terminal is narrow
     live = [trial for trial in view.trials if trial.status == "running"]
     ended = [trial for trial in view.trials if trial.status != "running"]
     shown = ended[-max(1, room - len(live)) :] + live
@@ -153,7 +153,7 @@ def trial_table(view: SweepView, room: int) -> Table:
             f"{trial.step}/{trial.num_steps}" if trial.num_steps else str(trial.step),
             "" if trial.loss is None else f"{trial.loss:.4f}",
             "" if trial.value is None else f"{trial.value:.4f}",
-            params_text(trial) + (f"  {trial.reason}" if trial.reason else ""),
+            Text(params_text(trial) + (f"  {trial.reason}" if trial.reason else ""), no_wrap=True, overflow="ellipsis"),
             style="bold" if is_best else "",
         )
     return table

@@ -3,6 +3,9 @@
 import tomllib
 from pathlib import Path
 
+import pytest
+
+from infra.errors import BadInput
 from infra.settings import Settings
 from infra.strict import parse
 from pipelines.files import load_job, load_sweep
@@ -40,10 +43,14 @@ def test_the_example_of_a_base_in_four_bits_is_one() -> None:
     assert spec.peft.rank_pattern == {"down_proj": 32}
 
 
-def test_the_example_gates_are_gates() -> None:
+def test_the_example_gates_are_gates_and_so_is_the_one_to_be_taken_in(tmp_path: Path) -> None:
     gates = load_gates(EXAMPLES / "gates.yaml")
-    assert [gate.name for gate in gates.gates] == ["better_than_champion", "better_than_base", "guard guard.jsonl", "effect"]
+    assert [gate.name for gate in gates.gates] == ["better_than_champion", "better_than_base", "effect"]
     assert gates.folder == EXAMPLES
+    gates.check_files()
+    (tmp_path / "gates.yaml").write_text((EXAMPLES / "gates.yaml").read_text().replace("# - {kind", "- {kind"))
+    with pytest.raises(BadInput, match=r"guard.jsonl, which does not exist; put it there"):
+        load_gates(tmp_path / "gates.yaml").check_files()
 
 
 def test_the_example_fleet_is_a_fleet_of_the_example_job() -> None:

@@ -121,7 +121,8 @@ def plan_text(outlook: Outlook, refused: tuple[Row, ...], limit: int = 20) -> st
     """Return a night's outlook: totals, and the first customers in line."""
     totals = outlook.totals
     reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(totals["because"].items()))
-    lines = [f"{totals['num_customers']:,} customers: {reasons or 'nothing to do'}"]
+    told = ", ".join(filter(None, [reasons, f"{len(refused)} that cannot be planned" if refused else ""]))
+    lines = [f"{totals['num_customers'] + len(refused):,} customers: {told or 'nothing to do'}"]
     if worked := [one for one in outlook.forecasts if one.action != "skip"]:
         lines.append(
             f"about {totals['num_steps']:,} steps, {totals['num_tokens']:,} tokens, {totals['seconds']:,.0f} s of training on "

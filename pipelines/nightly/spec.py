@@ -257,7 +257,7 @@ def _check_files(fleet: Fleet, settings: CustomerSettings, where: str) -> None:
             if not (fleet.folder / settings.gates).exists():
                 without = "write the gates there (see 'lorafleet schema gates'), or set gates to null"
                 raise BadInput(f"there is no file {fleet.folder / settings.gates}; {without}.")
-            load_gates(fleet.folder / settings.gates)
+            load_gates(fleet.folder / settings.gates).check_files()
         if settings.resweep is not None:
             load_sweep(fleet.folder / settings.resweep.sweep)
     except BadInput as error:

@@ -10,7 +10,7 @@ from rich.console import Console
 from pipelines.live import draw, pack_line
 from sweeps import control
 from sweeps.packs import PackView, packs_of, read_packs, write_packs
-from sweeps.view import SweepView
+from sweeps.view import SweepView, TrialView
 from tests.sweeps.curves import Bench, CurveFleet, sweep
 from workers.report import HostEvent, PackState
 
@@ -75,3 +75,14 @@ def test_the_picture_of_a_sweep_has_a_line_for_each_pack() -> None:
     console = Console(width=200, file=io.StringIO(), record=True)
     console.print(draw(view, height=40))
     assert console.export_text().count("in the pack") == 2
+
+
+def test_a_narrow_terminal_cuts_the_parameters_and_nothing_else() -> None:
+    params = {"peft.target_modules": "all-linear", "training.learning_rate": 0.000257, "peft.r": 16}
+    trial = TrialView(11, "complete", "", params, 100, 100, 1.25, 0.1936, 0.0, "a" * 32, None)
+    view = SweepView("acme", "curves", "complete", 12, {"complete": 1}, (trial,), trial, (), 0.0, 13.0, 0.0)
+    console = Console(width=72, file=io.StringIO(), record=True)
+    console.print(draw(view, height=40))
+    [line] = [line for line in console.export_text().splitlines() if "*11" in line]
+    assert line.split()[:5] == ["*11", "complete", "100/100", "1.2500", "0.1936"]
+    assert line.endswith("…")

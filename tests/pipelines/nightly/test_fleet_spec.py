@@ -45,11 +45,13 @@ def test_a_fleet_of_three_lines_has_the_defaults_of_the_design(tmp_path: Path) -
         ("customers: [{tenant: a, data: ./a, set: {task_type.deeper: 1}}]\n", "goes through 'task_type', which holds str"),
         ("customers: [{tenant: a, data: ./a, gates: strict.yaml}]\n", "customers.0: there is no file"),
         (ONE + "defaults: {gates: strict.yaml}\n", "write the gates there (see 'lorafleet schema gates'), or set gates to null"),
+        (ONE + "defaults: {gates: guarded.yaml}\n", "guard.jsonl, which does not exist; put it there, or correct data"),
         (ONE + "defaults: {resweep: {sweep: sweep.yaml}}\n", "defaults: there is no file"),
         (ONE + "defaults: {job: jobs.yaml}\n", "Did you mean"),
     ],
 )
 def test_a_mistake_in_the_file_is_one_sentence_that_names_its_place(tmp_path: Path, text: str, told: str) -> None:
+    (tmp_path / "guarded.yaml").write_text("- {kind: effect}\n- {kind: guard, data: guard.jsonl}\n")
     with pytest.raises(BadInput) as raised:
         load_fleet(write_fleet(tmp_path, text, JOB + "task_type: CAUSAL_LM\n"))
     assert told in str(raised.value)
