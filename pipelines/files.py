@@ -126,6 +126,8 @@ def _read_mapping(path: Path, what: str) -> dict[str, Any]:
         raise BadInput(f"{path} is empty; expected a {what}, see 'lorafleet schema {what}'.")
     if not isinstance(raw, dict):
         raise BadInput(f"{path} holds {_kind(raw)}; expected a {what} as 'key: value' lines, see 'lorafleet schema {what}'.")
+    if "customers" in raw:
+        raise BadInput(f"{path} is a fleet, expected a {what}; run it with 'lorafleet nightly run'.")
     return raw
 
 

@@ -222,6 +222,14 @@ def test_overrides_of_a_sweep_reach_into_job_and_space(tmp_path: Path) -> None:
     assert sweep.space["training.max_length"].model_dump()["high"] == 16
 
 
+def test_fleet_taken_for_a_job_or_a_sweep_is_told(tmp_path: Path) -> None:
+    fleet = write(tmp_path, "fleet.yaml", "name: prod\ncustomers: [{tenant: acme, data: ./acme}]\n")
+    with pytest.raises(BadInput, match=r"fleet\.yaml is a fleet, expected a job; run it with 'lorafleet nightly run'"):
+        load_job(fleet)
+    with pytest.raises(BadInput, match="is a fleet, expected a sweep"):
+        load_sweep(fleet)
+
+
 def test_job_and_sweep_taken_for_one_another_are_told_apart(tmp_path: Path) -> None:
     job, sweep = write(tmp_path, "job.yaml", JOB), write(tmp_path, "sweep.yaml", SWEEP)
     with pytest.raises(BadInput, match=r"sweep\.yaml is a sweep, expected a job; run it with 'lorafleet sweep run'"):
