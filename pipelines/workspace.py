@@ -65,7 +65,7 @@ class Workspace:
 
     def resolver(self, folder: Path) -> "Resolver":
         """Return what pins job specs whose paths start at `folder`."""
-        from workers.resolve import Resolver  # loads tokenizers, and torch with them, which most commands do without
+        from workers.resolve import Resolver  # readers of rows and bases, which most commands do without
 
         def find(tenant: str, reference: str) -> tuple[str, str]:
             found = find_reference(self.store, reference, tenant)

@@ -152,6 +152,10 @@ def test_help_and_the_specs_load_nothing_heavy() -> None:
     assert loaded_by(f"{ask_for_help}\n{specs}") == set()
 
 
+def test_what_a_night_would_do_is_told_without_anything_heavy() -> None:
+    assert loaded_by("import pipelines.nightly.looking, workers.resolve") == set()
+
+
 def test_what_is_loaded_is_seen() -> None:
     assert loaded_by("import optuna") >= {"optuna"}
 

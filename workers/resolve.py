@@ -20,8 +20,7 @@ from workers.data.rows import Row
 from workers.data.sources import OpenUri
 from workers.data.splits import Splits, load_splits
 from workers.data.store import save_rows
-from workers.data.tokenizer import load_tokenizer
-from workers.engine.head_shapes import BERTS, ENCODERS, POOLER_PARTS, refuse_other_families
+from workers.families import BERTS, ENCODERS, POOLER_PARTS, refuse_other_families
 from workers.forgotten import refuse_forgotten
 from workers.identity import BaseIdentity, identify, training_view
 from workers.job import BaseRef, DataRef, Job, pin
@@ -104,6 +103,8 @@ class Resolver:
         """Return the renderer that turns a spec's rows into tokens as training does; `labels` are those of a classifier."""
         held = spec.base_model
         if held not in self._renderers:
+            from workers.data.tokenizer import load_tokenizer  # transformers, which it takes to read rows, not to know a base
+
             base = self._base(held)
             context_length = base.identity.context_length
             self._renderers[held] = Renderer(load_tokenizer(base.path), spec.training.max_length, context_length=context_length)
