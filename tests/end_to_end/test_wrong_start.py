@@ -1,6 +1,5 @@
 """What is wrong when a sweep starts is told in one sentence with the documented exit code, before anything is done."""
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -34,10 +33,8 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
     def run(*arguments: str, **environment: str) -> tuple[int, str]:
         for name, value in environment.items():
             monkeypatch.setenv(name, value)
-        monkeypatch.setattr(sys, "argv", ["lorafleet", *arguments])
-        with pytest.raises(SystemExit) as ended:
-            cli.main()
-        return int(ended.value.code or 0), " ".join(capsys.readouterr().err.split())
+        code = cli._run(arguments)
+        return code, " ".join(capsys.readouterr().err.split())
 
     return run
 
