@@ -57,7 +57,7 @@ def test_every_status_is_explained() -> None:
 def test_what_links_within_the_repository_is_there() -> None:
     links = [link.partition("#")[0] for link in re.findall(r"\]\(([^)]+)\)", DOCS) if "://" not in link]
     assert links
-    assert [link for link in links if not (REPOSITORY / "docs" / link).exists()] == []
+    assert [link for link in links if not (REPOSITORY / "docs" / link).is_file()] == []
 
 
 def test_the_snippets_are_python() -> None:
