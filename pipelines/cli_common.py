@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.cells import cell_len
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -23,7 +22,7 @@ if TYPE_CHECKING:
 INTERRUPTED = 130
 """Exit code of a command that was ended before its work was: by Ctrl-C, as shells and typer have it, or by `sweep stop`."""
 
-WIDE = 1000
+WIDE = 100_000
 """Columns that are assumed where there is no terminal."""
 
 app = typer.Typer(
@@ -115,18 +114,10 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]], empty: st
         table.add_column(column, no_wrap=place == 0, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=_width(columns, rows))
-    console.print(table, highlight=False)
+    print_picture(table)
 
 
 def print_picture(picture: RenderableType) -> None:
     """Print what fits itself to the width of a terminal; where there is none, nothing is cut."""
     console = Console()
     (console if console.is_terminal else Console(width=WIDE)).print(picture, highlight=False, crop=False)
-
-
-def _width(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> int:
-    widths = [max(cell_len(row[place]) for row in (columns, *rows)) for place in range(len(columns))]
-    return sum(widths) + 2 * len(widths)

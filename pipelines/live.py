@@ -137,8 +137,8 @@ def pack_line(pack: PackView) -> str:
 def trial_table(view: SweepView, room: int) -> Table:
     """Return the live trials and the latest ended ones, as many as fit; the best is marked."""
     table = Table(box=None, pad_edge=False)
-    for name, justify in (("trial", "right"), ("status", "left"), ("step", "right"), ("loss", "right"), ("value", "right")):
-        table.add_column(name, justify=justify, no_wrap=True)  # type: ignore[arg-type]
+    for name in ("trial", "status", "step", "loss", "value"):
+        table.add_column(name, justify="left" if name == "status" else "right", no_wrap=True)
     table.add_column("parameters")  # the one that gives way where the terminal is narrow
     live = [trial for trial in view.trials if trial.status == "running"]
     ended = [trial for trial in view.trials if trial.status != "running"]
